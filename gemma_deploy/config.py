@@ -1,0 +1,414 @@
+"""What a Gemma text model is, as numbers: `GemmaConfig`, read from `config.json`.
+
+Gemma 1, 2 and 3 are one set of fields with different values; the model reads the fields and never
+asks for the generation. Field names and defaults follow transformers'
+`GemmaConfig`, `Gemma2Config` and `Gemma3TextConfig` (transformers 5.x), older spellings
+(`hidden_act`, `rope_theta`, `rope_scaling`, `rope_local_base_freq`, `sliding_window_pattern`) are
+translated when a config is read.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast, get_args
+
+from gemma_deploy.errors import ConfigError
+
+ModelType = Literal["gemma", "gemma2", "gemma3_text"]
+LayerType = Literal["full_attention", "sliding_attention"]
+RopeType = Literal["default", "linear"]
+
+CONFIG_FILE = "config.json"
+TANH_GELU = "gelu_pytorch_tanh"
+
+_FULL: LayerType = "full_attention"
+_SLIDING: LayerType = "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeParameters:
+    """Rotary position embedding of one layer type.
+
+    Attributes:
+        rope_type: `default`, or `linear` (positions divided by `factor`).
+        rope_theta: Base of the geometric series of wavelengths.
+        factor: Position divisor of `linear`; 1.0 otherwise.
+    """
+
+    rope_type: RopeType = "default"
+    rope_theta: float = 10_000.0
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in get_args(RopeType):
+            raise ConfigError(
+                f"rope_type is {self.rope_type!r}; gemma-deploy knows {', '.join(get_args(RopeType))} "
+                "(what Gemma 1, 2 and 3 use)"
+            )
+        if not self.rope_theta > 0 or not self.factor > 0:
+            raise ConfigError(
+                f"rope_theta ({self.rope_theta}) and factor ({self.factor}) must be positive"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmaConfig:
+    """A Gemma text model's parameters; the defaults are transformers' `GemmaConfig` (Gemma 1 7B).
+
+    Attributes:
+        model_type: Generation: `gemma`, `gemma2` or `gemma3_text`.
+        vocab_size: V, rows of the embedding.
+        hidden_size: D.
+        intermediate_size: F, width of the gated feed-forward.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: N, query heads.
+        num_key_value_heads: K, key and value heads; divides N.
+        head_dim: H; N*H need not equal D.
+        hidden_activation: Only `gelu_pytorch_tanh`; the legacy `gelu` of Gemma 1 means the same.
+        max_position_embeddings: Longest sequence the model was trained for, in tokens.
+        initializer_range: Standard deviation of freshly initialized matrices.
+        rms_norm_eps: Epsilon of every RMSNorm.
+        use_cache: Whether `forward` returns a KV cache unless told otherwise.
+        pad_token_id: Token that pads batches.
+        bos_token_id: Token that begins a text.
+        eos_token_ids: Tokens that end a text (`eos_token_id`, an int or a list in config.json).
+        tie_word_embeddings: Whether the head reads the embedding table.
+        rope_parameters: Rotary parameters for each layer type in use.
+        attention_bias: Whether q, k, v and o projections have a bias.
+        attention_dropout: Dropout probability on attention weights while training.
+        use_bidirectional_attention: Whether tokens also attend to later ones (no generation then).
+        query_pre_attn_scalar: Attention scores are scaled by this to the power of -1/2; None on
+            construction means head_dim.
+        sliding_window: Keys a token of a sliding layer attends to, itself included.
+        layer_types: `full_attention` or `sliding_attention`, one per layer.
+        attn_logit_softcapping: c in `c * tanh(score / c)` before the mask; None for no cap.
+        final_logit_softcapping: The same on the output logits.
+        has_qk_norm: Whether q and k are normalized per head before rotary (Gemma 3).
+        has_post_norms: Whether attention and feed-forward outputs are normalized (Gemma 2, 3).
+        dtype: The dtype the checkpoint says it was saved in, e.g. `bfloat16`.
+
+    Raises:
+        ConfigError: On construction, when numbers contradict each other.
+    """
+
+    model_type: ModelType = "gemma"
+    vocab_size: int = 256_000
+    hidden_size: int = 3072
+    intermediate_size: int = 24_576
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    head_dim: int = 256
+    hidden_activation: str = TANH_GELU
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_ids: tuple[int, ...] = (1,)
+    tie_word_embeddings: bool = True
+    rope_parameters: Mapping[LayerType, RopeParameters] = dataclasses.field(
+        default_factory=lambda: MappingProxyType({_FULL: RopeParameters()})
+    )
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    use_bidirectional_attention: bool = False
+    query_pre_attn_scalar: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[LayerType, ...] = ()
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    has_qk_norm: bool = False
+    has_post_norms: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layer_types:
+            object.__setattr__(self, "layer_types", (_FULL,) * self.num_hidden_layers)
+        if self.query_pre_attn_scalar is None:
+            object.__setattr__(self, "query_pre_attn_scalar", self.head_dim)
+        object.__setattr__(self, "rope_parameters", MappingProxyType(dict(self.rope_parameters)))
+        _check_sizes(self)
+        _check_layers(self)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on attention scores: query_pre_attn_scalar ** -0.5."""
+        return float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the sliding window of a layer in tokens, the token itself included, or None."""
+        return self.sliding_window if self.layer_types[layer] == _SLIDING else None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "GemmaConfig":
+        """Build a config from the parsed contents of a `config.json`.
+
+        Args:
+            raw: A Gemma 1, Gemma 2 or Gemma 3 config; of a multimodal `gemma3` one the text model
+                is taken.
+
+        Raises:
+            ConfigError: For another model type, a quantized checkpoint, values of the wrong type,
+                or numbers that contradict each other.
+        """
+        return _parse(raw)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "GemmaConfig":
+        """Read `config.json`, given itself or the folder that holds it.
+
+        Raises:
+            ConfigError: If the file is missing, not JSON, or not a Gemma config.
+        """
+        path = path / CONFIG_FILE if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise ConfigError(
+                f"{path} not found: expected a folder in Hugging Face layout, with {CONFIG_FILE} "
+                "beside the *.safetensors files"
+            ) from err
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} holds {type(raw).__name__}, expected a JSON object")
+        return cls.from_dict(raw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as `config.json` would hold it; `from_dict` reads it back unchanged."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["eos_token_id"] = list(out.pop("eos_token_ids"))
+        out["layer_types"] = list(self.layer_types)
+        out["rope_parameters"] = {k: dataclasses.asdict(v) for k, v in self.rope_parameters.items()}
+        del out["has_qk_norm"], out["has_post_norms"]
+        return out
+
+
+# What transformers' config class of each generation has by default, where it is not Gemma 1's.
+_GENERATION_DEFAULTS: Mapping[ModelType, Mapping[str, Any]] = {
+    "gemma": {},
+    "gemma2": {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "has_post_norms": True,
+    },
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+        "has_post_norms": True,
+        "has_qk_norm": True,
+    },
+}
+# A layer is full attention when (index + 1) is a multiple of this, unless layer_types says otherwise.
+_DEFAULT_PATTERN: Mapping[ModelType, int] = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}
+
+
+def _check_sizes(config: GemmaConfig) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "query_pre_attn_scalar",
+        "rms_norm_eps",
+    ):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be positive")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(
+            f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
+            f"num_key_value_heads ({config.num_key_value_heads}): each key-value head serves the "
+            "same number of query heads; correct config.json"
+        )
+    if config.head_dim % 2:
+        raise ConfigError(
+            f"head_dim is {config.head_dim}; rotary embedding needs an even number: correct config.json"
+        )
+    if config.hidden_activation != TANH_GELU:
+        raise ConfigError(
+            f"hidden_activation is {config.hidden_activation!r}; Gemma uses {TANH_GELU!r} and no other "
+            "is implemented"
+        )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        cap = getattr(config, name)
+        if cap is not None and not cap > 0:
+            raise ConfigError(f"{name} is {cap}; it must be positive, or null for no cap")
+    if not 0 <= config.attention_dropout < 1:
+        raise ConfigError(f"attention_dropout is {config.attention_dropout}; it must be in [0, 1)")
+
+
+def _check_layers(config: GemmaConfig) -> None:
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ConfigError(
+            f"layer_types names {len(config.layer_types)} layers, num_hidden_layers is "
+            f"{config.num_hidden_layers}: correct config.json"
+        )
+    for layer_type in set(config.layer_types):
+        if layer_type not in get_args(LayerType):
+            raise ConfigError(
+                f"layer_types holds {layer_type!r}; expected {' or '.join(get_args(LayerType))}"
+            )
+        if layer_type not in config.rope_parameters:
+            raise ConfigError(f"rope_parameters says nothing of {layer_type} layers")
+    if _SLIDING in config.layer_types and not (config.sliding_window and config.sliding_window > 0):
+        raise ConfigError(
+            f"sliding_window is {config.sliding_window}, yet layer_types holds {_SLIDING}: "
+            "it must be a positive number of tokens"
+        )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_ids"):
+        value = getattr(config, name)
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and token < 0:
+                raise ConfigError(f"{name} holds {token}; token ids start at 0")
+
+
+def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the text model's part of a config, ids and dtype inherited from a multimodal parent."""
+    model_type = raw.get("model_type")
+    if model_type != "gemma3":
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError("model_type is 'gemma3' (multimodal) and text_config is missing")
+    inherited = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype")
+    outer = {k: raw[k] for k in (*inherited, "tie_word_embeddings") if raw.get(k) is not None}
+    return {**outer, **text, "model_type": "gemma3_text"}
+
+
+def _parse(raw: Mapping[str, Any]) -> GemmaConfig:
+    raw = _text_config(raw)
+    model_type = raw.get("model_type")
+    if model_type not in get_args(ModelType):
+        raise ConfigError(
+            f"model_type is {model_type!r}; gemma-deploy exports gemma, gemma2, gemma3_text, and the "
+            "text part of gemma3. Other families need another tool"
+        )
+    if raw.get("quantization_config"):
+        raise ConfigError(
+            "the checkpoint is already quantized (config.json has quantization_config); "
+            "export the original float checkpoint"
+        )
+    values: dict[str, Any] = dict(_GENERATION_DEFAULTS[model_type])
+    for field in dataclasses.fields(GemmaConfig):
+        if raw.get(field.name) is not None and field.name not in _TRANSLATED:
+            values[field.name] = _typed(field.name, raw[field.name])
+        elif field.name in raw and field.name in _NULLABLE:
+            values[field.name] = None
+    values["model_type"] = model_type
+    values["hidden_activation"] = _activation(raw, model_type)
+    values["eos_token_ids"] = _eos(raw)
+    values["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
+    num_layers = values.get("num_hidden_layers", GemmaConfig().num_hidden_layers)
+    values["layer_types"] = _layer_types(raw, model_type, num_layers)
+    values["rope_parameters"] = _rope(raw, model_type, values["layer_types"])
+    return GemmaConfig(**values)
+
+
+_TRANSLATED = frozenset(
+    {"model_type", "hidden_activation", "eos_token_ids", "layer_types", "rope_parameters", "dtype"}
+    | {"has_qk_norm", "has_post_norms"}
+)
+_NULLABLE = frozenset(
+    {"pad_token_id", "bos_token_id", "sliding_window"}
+    | {"attn_logit_softcapping", "final_logit_softcapping"}
+)
+_BOOLEANS = frozenset(
+    {"use_cache", "tie_word_embeddings", "attention_bias", "use_bidirectional_attention"}
+)
+_FLOATS = frozenset(
+    {"initializer_range", "rms_norm_eps", "attention_dropout", "query_pre_attn_scalar"}
+    | {"attn_logit_softcapping", "final_logit_softcapping"}
+)
+
+
+def _typed(name: str, value: object) -> object:
+    """Return `value` if its JSON type is the field's."""
+    if name in _BOOLEANS:
+        is_right, expected = isinstance(value, bool), "true or false"
+    elif name in _FLOATS:
+        is_right = isinstance(value, int | float) and not isinstance(value, bool)
+        expected = "a number"
+    else:
+        is_right = isinstance(value, int) and not isinstance(value, bool)
+        expected = "an integer"
+    if not is_right:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}: correct config.json")
+    return value
+
+
+def _activation(raw: Mapping[str, Any], model_type: ModelType) -> str:
+    name = raw.get("hidden_activation") or raw.get("hidden_act") or TANH_GELU
+    # Gemma 1's first release wrote "gelu" and meant the tanh approximation.
+    return TANH_GELU if model_type == "gemma" and name == "gelu" else str(name)
+
+
+def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    value = raw.get("eos_token_id", 1)
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    return tuple(cast(int, _typed("eos_token_id", token)) for token in ids)
+
+
+def _layer_types(
+    raw: Mapping[str, Any], model_type: ModelType, num_layers: int
+) -> tuple[LayerType, ...]:
+    given = raw.get("layer_types")
+    if given is not None:
+        if not isinstance(given, list | tuple):
+            raise ConfigError(f"layer_types is {given!r}, expected a list of layer types")
+        return tuple(given)
+    pattern = raw.get("sliding_window_pattern") or _DEFAULT_PATTERN[model_type]
+    return tuple(_SLIDING if (i + 1) % pattern else _FULL for i in range(num_layers))
+
+
+def _rope(
+    raw: Mapping[str, Any], model_type: ModelType, layer_types: tuple[LayerType, ...]
+) -> dict[LayerType, RopeParameters]:
+    given = raw.get("rope_parameters") or {}
+    is_per_layer_type = any(isinstance(v, Mapping) for v in given.values())
+    scaling = raw.get("rope_scaling") or {}
+    has_two_bases = model_type == "gemma3_text"
+    out: dict[LayerType, RopeParameters] = {}
+    for layer_type in sorted(set(layer_types)):
+        nested = given.get(layer_type) or {} if is_per_layer_type else given
+        if has_two_bases and layer_type == _SLIDING:
+            # Local layers are never scaled; their base has a key of its own.
+            theta, inherited = raw.get("rope_local_base_freq", 10_000.0), {}
+        else:
+            theta, inherited = raw.get("rope_theta", 1e6 if has_two_bases else 10_000.0), scaling
+        out[layer_type] = _rope_parameters({"rope_theta": theta, **inherited, **nested})
+    return out
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
+    rope_type = raw.get("rope_type") or raw.get("type") or "default"
+    theta, factor = raw["rope_theta"], raw.get("factor", 1.0)
+    for name, value in (("rope_theta", theta), ("factor", factor)):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}, expected a number: correct config.json")
+    is_linear = rope_type == "linear"
+    return RopeParameters(
+        rope_type=rope_type, rope_theta=float(theta), factor=float(factor) if is_linear else 1.0
+    )
