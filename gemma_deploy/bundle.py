@@ -1,0 +1,291 @@
+"""The bundle: a folder of graphs, weights, tokenizer, and the manifest that describes them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast, get_args
+
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, UnsafePathError
+from gemma_deploy.graph_spec import PHASES, DType, GraphSpec, Phase, Precision, graph_spec
+
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+GENERATION_FILE = "generation_config.json"
+FORMAT_VERSION = 1
+
+_HASH_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """What the manifest says of one file: its size in bytes and SHA-256 (hex)."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The contents of `manifest.json`; docs/bundle.md describes the file.
+
+    Attributes:
+        config: The model.
+        precision: Dtypes of weights, activations and cache.
+        graphs: Path of each phase's graph.
+        weights: Path of the weights file both graphs point into.
+        tokenizer: Paths of the tokenizer's files.
+        generation: Path of generation_config.json, or None.
+        max_seq_len: Longest sequence the model was made for, in tokens.
+        files: Size and hash of every file but the manifest itself.
+        versions: Versions of everything that made the bundle.
+    """
+
+    config: GemmaConfig
+    precision: Precision
+    graphs: Mapping[Phase, str]
+    weights: str
+    tokenizer: tuple[str, ...]
+    generation: str | None
+    max_seq_len: int
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]
+
+    def spec(self, phase: Phase) -> GraphSpec:
+        """Return what the graph of a phase takes and gives."""
+        return graph_spec(self.config, phase, self.precision.cache)
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        body = {
+            "format_version": FORMAT_VERSION,
+            "model": self.config.to_dict(),
+            "precision": dataclasses.asdict(self.precision),
+            "graphs": {
+                phase: {"path": self.graphs[phase], **_spec_json(self.spec(phase))}
+                for phase in PHASES
+            },
+            "weights": self.weights,
+            "tokenizer": list(self.tokenizer),
+            "generation": self.generation,
+            "limits": {"max_seq_len": self.max_seq_len},
+            "files": {path: dataclasses.asdict(record) for path, record in self.files.items()},
+            "versions": dict(self.versions),
+        }
+        return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle on disk, its manifest read and its file sizes checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> "Bundle":
+        """Read the manifest; check the version, the paths, the sizes and the graph specs.
+
+        Hashes are not computed here (see `changed_files`).
+
+        Raises:
+            BundleError: No manifest, a broken one, a missing file or one of another size.
+            BundleVersionError: A format this version does not know.
+            UnsafePathError: A path that leaves the folder.
+        """
+        manifest = _parse_manifest(_read_manifest(folder))
+        for name, record in manifest.files.items():
+            path = safe_path(folder, name, "manifest.json")
+            size = path.stat().st_size if path.is_file() else None
+            if size != record.size_bytes:
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise BundleError(
+                    f"{path} {found}, the manifest says {record.size_bytes:,} bytes: the bundle is "
+                    "incomplete or was changed; copy it again or export it again"
+                )
+        for name in _referenced(manifest):
+            if name not in manifest.files:
+                raise BundleError(
+                    f"{folder / MANIFEST_FILE} refers to {name!r}, which is not among its files: "
+                    "export the bundle again"
+                )
+        return cls(folder=folder, manifest=manifest)
+
+    @property
+    def config(self) -> GemmaConfig:
+        """The model."""
+        return self.manifest.config
+
+    def graph_path(self, phase: Phase) -> Path:
+        """Return the path of a phase's ONNX graph."""
+        return self.folder / self.manifest.graphs[phase]
+
+    @property
+    def weights_path(self) -> Path:
+        """The weights file both graphs point into."""
+        return self.folder / self.manifest.weights
+
+    def generation_config(self) -> dict[str, Any]:
+        """Return the parsed generation_config.json; empty when the checkpoint had none.
+
+        Raises:
+            BundleError: The file is not a JSON object.
+        """
+        if self.manifest.generation is None:
+            return {}
+        return _json_object(self.folder / self.manifest.generation)
+
+    def changed_files(self, on_bytes: Callable[[int], object] = lambda _: None) -> list[str]:
+        """Hash every file and return the paths whose SHA-256 is not the manifest's.
+
+        Args:
+            on_bytes: Called with the number of bytes hashed since the last call, for progress.
+        """
+        return [
+            name
+            for name, record in self.manifest.files.items()
+            if sha256_of(self.folder / name, on_bytes) != record.sha256
+        ]
+
+
+def safe_path(folder: Path, name: str, source: str) -> Path:
+    """Return `folder / name` if that stays inside the folder, symbolic links followed.
+
+    Args:
+        folder: The bundle.
+        name: A relative path as a manifest or graph states it.
+        source: Where the path stands, for the message.
+
+    Raises:
+        UnsafePathError: The path is absolute, climbs out, or leads out through a link.
+    """
+    path = folder / name
+    is_relative = not PurePosixPath(name).is_absolute() and not PureWindowsPath(name).anchor
+    if (
+        not name
+        or not is_relative
+        or ".." in PurePosixPath(name.replace("\\", "/")).parts
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
+        raise UnsafePathError(
+            f"{source} names {name!r}, which leads out of the bundle {folder}: refused. Only use "
+            "bundles from sources you trust, or export again"
+        )
+    return path
+
+
+def check_external_data(folder: Path, graph: Path) -> None:
+    """Refuse an ONNX graph that points at data outside the bundle or beyond a file's end.
+
+    Raises:
+        UnsafePathError: An external-data location that leaves the folder.
+        BundleError: The graph is not ONNX, or a tensor lies beyond the end of its file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except (DecodeError, OSError) as err:
+        raise BundleError(f"{graph} cannot be read as an ONNX model: {err}") from err
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        size = path.stat().st_size if path.is_file() else 0
+        if end > size:
+            raise BundleError(
+                f"{graph.name}: tensor {tensor.name} ends at byte {end:,} of {path.name}, which has "
+                f"{size:,} bytes: the bundle is damaged; export it again"
+            )
+
+
+def record_file(path: Path) -> FileRecord:
+    """Measure and hash a file for the manifest."""
+    return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file as hex; `on_bytes` hears of progress in bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise BundleError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(raw, dict):
+        raise BundleError(f"{path} holds {type(raw).__name__}, expected a JSON object")
+    return raw
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        hint = ""
+        if (folder / "config.json").is_file():
+            hint = "; this looks like a checkpoint: run `gemma-deploy export` on it first"
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}{hint}")
+    raw = _json_object(path)
+    version = raw.get("format_version")
+    if not isinstance(version, int):
+        raise BundleError(f"{path} has no format_version: not a gemma-deploy manifest")
+    if version > FORMAT_VERSION:
+        raise BundleVersionError(
+            f"{folder} has bundle format {version}, this gemma-deploy reads up to "
+            f"{FORMAT_VERSION}: upgrade with `pip install --upgrade gemma-deploy`"
+        )
+    return raw
+
+
+def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
+    try:
+        precision = Precision(**raw["precision"])
+        for dtype in dataclasses.astuple(precision):
+            if dtype not in get_args(DType):
+                raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision")
+        manifest = Manifest(
+            config=GemmaConfig.from_dict(raw["model"]),
+            precision=precision,
+            graphs={phase: raw["graphs"][phase]["path"] for phase in PHASES},
+            weights=raw["weights"],
+            tokenizer=tuple(raw["tokenizer"]),
+            generation=raw["generation"],
+            max_seq_len=int(raw["limits"]["max_seq_len"]),
+            files={path: FileRecord(**record) for path, record in raw["files"].items()},
+            versions=raw["versions"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as err:
+        raise BundleError(
+            f"manifest.json is damaged ({type(err).__name__}: {err}): export the bundle again"
+        ) from err
+    for phase in PHASES:
+        stated = {key: raw["graphs"][phase].get(key) for key in ("inputs", "outputs")}
+        if stated != _spec_json(manifest.spec(phase)):
+            raise BundleError(
+                f"manifest.json: the inputs and outputs of the {phase} graph are not those of the "
+                "model it describes: export the bundle again"
+            )
+    return manifest
+
+
+def _referenced(manifest: Manifest) -> list[str]:
+    generation = [manifest.generation] if manifest.generation else []
+    return [*manifest.graphs.values(), manifest.weights, *manifest.tokenizer, *generation]
+
+
+def _spec_json(spec: GraphSpec) -> dict[str, Any]:
+    body = dataclasses.asdict(spec)
+    del body["phase"]
+    return cast(dict[str, Any], json.loads(json.dumps(body)))

@@ -1,0 +1,134 @@
+"""The inputs and outputs of the exported graphs: names, order, dims, dtypes, stated here only.
+
+The exporter writes graphs from it, the engine builder derives optimization profiles from it, and the
+runtime binds and checks against it.
+
+Dims are letters (symbolic) or numbers: B batch, S tokens this step, L positions whose logits are
+asked for, T cache capacity; K, H and V are numbers of the model.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gemma_deploy.config import GemmaConfig
+
+Phase = Literal["prefill", "decode"]
+DType = Literal["float32", "float16", "bfloat16"]
+Dim = int | str
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+DTYPE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+INPUT_IDS = "input_ids"
+INPUT_POS = "input_pos"
+LOGITS_INDEX = "logits_index"
+LOGITS = "logits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One graph input or output.
+
+    Attributes:
+        name: Its name in the graph.
+        dtype: numpy's name of the element type (`bfloat16` too), e.g. `int64`.
+        dims: One entry per axis: a number, or the letter of a symbolic dimension.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSpec:
+    """Everything that crosses a graph's border, in order.
+
+    Attributes:
+        phase: `prefill` (any number of tokens) or `decode` (one token per row).
+        inputs: Token inputs, then key and value cache of every layer in turn.
+        outputs: Logits, then the updated caches in the same order. Each `present.*` is meant to be
+            bound to the memory of its `past_key_values.*`.
+    """
+
+    phase: Phase
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def cache_inputs(self) -> tuple[TensorSpec, ...]:
+        """The `past_key_values.*` inputs, key then value of each layer."""
+        return tuple(spec for spec in self.inputs if spec.name.startswith("past_key_values."))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """The dtypes of a bundle.
+
+    Attributes:
+        weights: What the weights are stored in.
+        activations: What the graphs compute in (norms and logits are always float32).
+        cache: What the KV cache holds.
+    """
+
+    weights: DType
+    activations: DType
+    cache: DType
+
+    @classmethod
+    def of(cls, dtype: DType) -> "Precision":
+        """Return the precision that `export --dtype` means.
+
+        ONNX Runtime has no bfloat16 matrix product on a CPU, so a bfloat16 bundle keeps its weights
+        in bfloat16 and computes in float32.
+        """
+        compute: DType = "float32" if dtype == "bfloat16" else dtype
+        return cls(weights=dtype, activations=compute, cache=compute)
+
+
+def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return ((past key, present key), (past value, present value)) of a layer."""
+    key, value = (
+        (f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for part in ("key", "value")
+    )
+    return key, value
+
+
+def graph_spec(config: GemmaConfig, phase: Phase, cache_dtype: DType) -> GraphSpec:
+    """Return what the graph of a phase takes and gives.
+
+    Args:
+        config: The model.
+        phase: `prefill`: S and L are symbolic, `logits_index` [B, L] picks the positions whose
+            logits are wanted. `decode`: S = L = 1, no `logits_index`.
+        cache_dtype: Element type of the KV cache.
+
+    Returns:
+        `input_ids` int64 [B, S], `input_pos` int64 [B] (tokens already cached, per row),
+        `past_key_values.{i}.key|value` [B, K, T, H]; `logits` float32 [B, L, V] and
+        `present.{i}.key|value` like the inputs.
+    """
+    is_prefill = phase == "prefill"
+    tokens: Dim = "S" if is_prefill else 1
+    positions: Dim = "L" if is_prefill else 1
+    inputs = [
+        TensorSpec(name=INPUT_IDS, dtype="int64", dims=("B", tokens)),
+        TensorSpec(name=INPUT_POS, dtype="int64", dims=("B",)),
+    ]
+    if is_prefill:
+        inputs.append(TensorSpec(name=LOGITS_INDEX, dtype="int64", dims=("B", positions)))
+    outputs = [
+        TensorSpec(name=LOGITS, dtype="float32", dims=("B", positions, config.vocab_size)),
+    ]
+    cache_dims: tuple[Dim, ...] = ("B", config.num_key_value_heads, "T", config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        for past, present in cache_names(layer):
+            inputs.append(TensorSpec(name=past, dtype=cache_dtype, dims=cache_dims))
+            outputs.append(TensorSpec(name=present, dtype=cache_dtype, dims=cache_dims))
+    return GraphSpec(phase=phase, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def cache_bytes(config: GemmaConfig, dtype: DType, batch_size: int, max_seq_len: int) -> int:
+    """Return the size of a KV cache for `batch_size` rows of `max_seq_len` tokens, in bytes."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return per_token * DTYPE_BYTES[dtype] * batch_size * max_seq_len
