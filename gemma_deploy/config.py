@@ -300,10 +300,9 @@ def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _parse(raw: Mapping[str, Any]) -> GemmaConfig:
     raw = _text_config(raw)
-    model_type = raw.get("model_type")
-    if model_type not in get_args(ModelType):
+    if raw.get("model_type") not in get_args(ModelType):
         raise ConfigError(
-            f"model_type is {model_type!r}; gemma-deploy exports gemma, gemma2, gemma3_text, and the "
+            f"model_type is {raw.get('model_type')!r}; gemma-deploy exports gemma, gemma2, gemma3_text, and the "
             "text part of gemma3. Other families need another tool"
         )
     if raw.get("quantization_config"):
@@ -311,6 +310,7 @@ def _parse(raw: Mapping[str, Any]) -> GemmaConfig:
             "the checkpoint is already quantized (config.json has quantization_config); "
             "export the original float checkpoint"
         )
+    model_type: ModelType = raw["model_type"]
     values: dict[str, Any] = dict(_GENERATION_DEFAULTS[model_type])
     for field in dataclasses.fields(GemmaConfig):
         if raw.get(field.name) is not None and field.name not in _TRANSLATED:
@@ -395,15 +395,16 @@ def _rope(
         nested = given.get(layer_type) or {} if is_per_layer_type else given
         if has_two_bases and layer_type == _SLIDING:
             # Local layers are never scaled; their base has a key of its own.
-            theta, inherited = raw.get("rope_local_base_freq", 10_000.0), {}
+            inherited = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
         else:
-            theta, inherited = raw.get("rope_theta", 1e6 if has_two_bases else 10_000.0), scaling
-        out[layer_type] = _rope_parameters({"rope_theta": theta, **inherited, **nested})
+            theta = raw.get("rope_theta", 1e6 if has_two_bases else 10_000.0)
+            inherited = {"rope_theta": theta, **scaling}
+        out[layer_type] = _rope_parameters({**inherited, **nested})
     return out
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
-    rope_type = raw.get("rope_type") or raw.get("type") or "default"
+    rope_type: RopeType = raw.get("rope_type") or raw.get("type") or "default"
     theta, factor = raw["rope_theta"], raw.get("factor", 1.0)
     for name, value in (("rope_theta", theta), ("factor", factor)):
         if not isinstance(value, int | float) or isinstance(value, bool):
