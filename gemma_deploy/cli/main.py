@@ -1,0 +1,93 @@
+"""The `gemma-deploy` program: its verbs, listed without importing them."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Final
+
+import click
+
+from gemma_deploy.cli.lazy_group import LazyCommand, LazyGroup
+
+COMMANDS: Final = MappingProxyType(
+    {
+        "export": LazyCommand(
+            module="gemma_deploy.cli.export_command",
+            short_help="Turn a Gemma checkpoint into a bundle of ONNX graphs and weights.",
+        ),
+        "generate": LazyCommand(
+            module="gemma_deploy.cli.generate_command",
+            short_help="Continue one prompt or many.",
+        ),
+        "chat": LazyCommand(
+            module="gemma_deploy.cli.chat_command",
+            short_help="Talk to a model in the terminal.",
+        ),
+        "inspect": LazyCommand(
+            module="gemma_deploy.cli.inspect_command",
+            short_help="Show what a bundle or checkpoint holds and the memory it needs.",
+        ),
+        "verify": LazyCommand(
+            module="gemma_deploy.cli.verify_command",
+            short_help="Check a bundle: files, graphs, and agreement with its checkpoint.",
+        ),
+        "doctor": LazyCommand(
+            module="gemma_deploy.cli.doctor_command",
+            short_help="Tell what this machine can run and how to install what is missing.",
+        ),
+    }
+)
+
+EPILOG: Final = """\b
+Examples:
+  gemma-deploy export google/gemma-2b --output gemma-2b --fp16
+  gemma-deploy generate gemma-2b "The for statement is used to"
+  gemma-deploy COMMAND --help
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 failure, 2 a
+command or request that cannot be, 130 interrupted with Ctrl-C.
+"""
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy_commands=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+)
+@click.option(
+    "--debug",
+    is_flag=True,
+    envvar="GEMMA_DEPLOY_DEBUG",
+    help="Show the whole traceback of an error. [env: GEMMA_DEPLOY_DEBUG]",
+)
+@click.version_option(package_name="gemma-deploy", message="%(prog)s %(version)s")
+def cli(*, debug: bool) -> None:
+    """Put Gemma models into production: from a checkpoint to streamed text."""
+    del debug  # read by LazyGroup
+
+
+def main() -> None:
+    """Run the program on this process's arguments; never returns."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end a generation half way.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with _quiet_broken_pipe():
+        cli.main(prog_name="gemma-deploy")
+
+
+@contextlib.contextmanager
+def _quiet_broken_pipe() -> Iterator[None]:
+    """End silently when the reader of stdout went away, as in `gemma-deploy ... | head`."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The interpreter flushes once more on its way out; let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

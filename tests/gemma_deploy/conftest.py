@@ -1,0 +1,109 @@
+"""A server on this machine that speaks the part of the hub's protocol that downloads use."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
+
+import pytest
+
+COMMIT = "1" * 40
+TOKEN = "hf_good"
+
+
+@dataclass
+class HubServer:
+    """The models it holds, and what was asked of it."""
+
+    endpoint: str
+    models: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
+    access: Literal["open", "gated", "failing"] = "open"
+    downloads: list[str] = field(default_factory=list)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's signature
+        """Keep the test's output clean."""
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        name = next(
+            (n for n in self.hub.models if path.startswith((f"/{n}/", f"/api/models/{n}/"))), None
+        )
+        if name is None:
+            self._refuse(401, "RepoNotFound")
+        elif self.hub.access == "failing":
+            self._refuse(501, None)
+        elif path.startswith("/api/"):
+            self._describe(name, path.removeprefix(f"/api/models/{name}/"))
+        else:
+            self._serve(name, path.removeprefix(f"/{name}/resolve/").partition("/")[2])
+
+    def _describe(self, name: str, what: str) -> None:
+        kind, _, revision = what.partition("/")
+        if revision not in {"main", COMMIT}:
+            self._refuse(404, "RevisionNotFound")
+        elif kind == "revision":
+            siblings = [{"rfilename": file} for file in self.hub.models[name]]
+            self._send(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+        else:
+            files = self.hub.models[name].items()
+            tree = [{"type": "file", "path": f, "size": len(b), "oid": _oid(b)} for f, b in files]
+            self._send(json.dumps(tree).encode())
+
+    def _serve(self, name: str, file: str) -> None:
+        if self.hub.access == "gated" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            has_token = "Authorization" in self.headers
+            self._refuse(403 if has_token else 401, "GatedRepo")
+        elif file not in self.hub.models[name]:
+            self._refuse(404, "EntryNotFound")
+        else:
+            if self.command == "GET":
+                self.hub.downloads.append(file)
+            body = self.hub.models[name][file]
+            self._send(body, {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": COMMIT})
+
+    def _refuse(self, status: int, code: str | None) -> None:
+        self._send(b"", {"X-Error-Code": code} if code else {}, status)
+
+    def _send(
+        self, body: bytes, headers: Mapping[str, str] | None = None, status: int = 200
+    ) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def _oid(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+@pytest.fixture
+def hub_server() -> Iterator[HubServer]:
+    """A hub on 127.0.0.1, empty until a test gives it models."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    hub = HubServer(endpoint=f"http://127.0.0.1:{server.server_port}")
+    server.RequestHandlerClass = type("Handler", (_Handler,), {"hub": hub})
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
