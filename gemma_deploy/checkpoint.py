@@ -1,0 +1,336 @@
+"""A Hugging Face checkpoint folder, opened by its headers: `Checkpoint`.
+
+Nothing is mapped and nothing is read ahead: opening a checkpoint reads `config.json` and the headers
+of its `*.safetensors` files, and weights are read row by row into memory that the caller owns. The
+file format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import CheckpointError
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+HEAD_WEIGHT: Final = "lm_head.weight"
+EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
+DTYPE_BYTES: Final[Mapping[str, int]] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
+ROW_BLOCK_BYTES: Final = 64 * 1024 * 1024
+
+_PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library itself
+# Where the text model of each layout lives, longest first: `gemma3` as transformers >= 4.52 writes
+# it, `gemma3` as on the hub, `gemma3` without its head, then the text model, with and without head.
+_PREFIXES: Final = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", "model."),
+    ("model.", "model."),
+    ("lm_head.", "lm_head."),
+    ("", "model."),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor of a checkpoint is stored.
+
+    Attributes:
+        name: Canonical name, e.g. `model.layers.0.mlp.up_proj.weight`.
+        dtype: `F32`, `F16` or `BF16`, as safetensors spells it.
+        shape: Dimensions; matrices are [out, in].
+        file: The safetensors file that holds it.
+        offset: Its first byte, counted from the file's start.
+        size_bytes: Its length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size_bytes: int
+
+    @property
+    def num_rows(self) -> int:
+        """Length of the first dimension."""
+        return self.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row (an index of the first dimension) in bytes."""
+        return self.size_bytes // self.num_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A Gemma checkpoint whose config and headers were read and agree with each other.
+
+    Attributes:
+        folder: The folder it was opened from.
+        config: Parsed `config.json`.
+        tensors: The text model's tensors under canonical names; `lm_head.weight` only when the
+            head is not tied to the embedding.
+    """
+
+    folder: Path
+    config: GemmaConfig
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Checkpoint":
+        """Read the config and every tensor's place; no weights are read.
+
+        Args:
+            folder: Folder in Hugging Face layout: `config.json` and `model.safetensors`, or
+                `model.safetensors.index.json` with its shards.
+
+        Raises:
+            CheckpointError: If weights are missing, truncated, of the wrong shape or dtype, or
+                there only as pickle.
+            ConfigError: If `config.json` is missing or not a Gemma config.
+        """
+        folder = Path(folder)
+        config = GemmaConfig.from_file(folder / "config.json")
+        found: dict[str, TensorInfo] = {}
+        for file in _weight_files(folder):
+            for stored_name, entry in _read_header(file).items():
+                name = _canonical(stored_name)
+                if name in found:
+                    raise CheckpointError(
+                        f"{stored_name} in {file} is there a second time (first in "
+                        f"{found[name].file}): remove the folder's stale *.safetensors files"
+                    )
+                found[name] = _tensor_info(name, entry, file)
+        return cls(folder=folder, config=config, tensors=_checked(found, config, folder))
+
+    def read_rows(self, name: str, start: int, stop: int, into: memoryview) -> None:
+        """Read rows [start, stop) of a tensor into memory of the caller, as stored.
+
+        The read is explicit (no mapping), so the process holds these rows and nothing else.
+
+        Args:
+            name: Canonical tensor name.
+            start: First row.
+            stop: Row after the last.
+            into: Writable, contiguous, exactly (stop - start) * row_bytes long; of any item format.
+
+        Raises:
+            CheckpointError: If the file ends early or cannot be read (it changed since it was
+                opened).
+        """
+        info = self.tensors[name]
+        target = into.cast("B") if into.format != "B" or into.ndim != 1 else into
+        expected_bytes = (stop - start) * info.row_bytes
+        if not 0 <= start <= stop <= info.num_rows or len(target) != expected_bytes:
+            raise ValueError(
+                f"rows {start}:{stop} of {name} {list(info.shape)} are {expected_bytes} bytes; "
+                f"the buffer has {len(target)}"
+            )
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.offset + start * info.row_bytes)
+                _read_fully(stream, target)
+        except (OSError, EOFError) as err:
+            raise CheckpointError(
+                f"{info.file} could not be read to the end of {name}: {err}. It changed since it "
+                "was opened, or its disk fails: copy or download the checkpoint again"
+            ) from err
+
+    def row_blocks(self, name: str, max_bytes: int = ROW_BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of successive blocks of rows of at most `max_bytes` each.
+
+        A single row longer than that is a block by itself.
+        """
+        info = self.tensors[name]
+        step = max(1, max_bytes // info.row_bytes)
+        for start in range(0, info.num_rows, step):
+            yield start, min(start + step, info.num_rows)
+
+
+def expected_tensors(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor a checkpoint of this config holds, by canonical name."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes |= {f"{prefix}.self_attn.{k}": v for k, v in _attention_tensors(config).items()}
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        if config.has_post_norms:
+            shapes[f"{prefix}.pre_feedforward_layernorm.weight"] = (hidden,)
+            shapes[f"{prefix}.post_feedforward_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (width, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (width, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, width)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD_WEIGHT] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _attention_tensors(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
+    q_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, out_size, in_size in (
+        ("q_proj", q_width, hidden),
+        ("k_proj", kv_width, hidden),
+        ("v_proj", kv_width, hidden),
+        ("o_proj", hidden, q_width),
+    ):
+        shapes[f"{name}.weight"] = (out_size, in_size)
+        if config.attention_bias:
+            shapes[f"{name}.bias"] = (out_size,)
+    if config.has_qk_norm:
+        shapes["q_norm.weight"] = (config.head_dim,)
+        shapes["k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle ({pickles[0]}), which runs arbitrary code when "
+            "loaded and is refused. Expected model.safetensors: convert it with transformers' "
+            "save_pretrained, or download the safetensors version"
+        )
+    raise CheckpointError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: expected a folder in Hugging Face "
+        "layout. Download the checkpoint again, with its *.safetensors files"
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(
+            f"{index} cannot be read: {err!r}. Expected JSON with a weight_map of tensor names to "
+            "file names; download it again"
+        ) from err
+    for name in names:
+        # A shard is a file beside its index; anything else would let an index read foreign files.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise CheckpointError(
+                f"{index} points to {name!r}, which is outside the checkpoint's folder: refused. "
+                "Expected names of files beside the index"
+            )
+        if Path(name).suffix != ".safetensors":
+            raise CheckpointError(
+                f"{index} points to {name!r}; only *.safetensors shards are read. Pickle runs "
+                "arbitrary code when loaded and is refused: convert the checkpoint to safetensors"
+            )
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} is missing, yet {INDEX_FILE} lists it ({len(names)} shards): "
+                "download the checkpoint again"
+            )
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    """Return the header's entries, with offsets counted from the file's start."""
+    file_bytes = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(
+                    f"{file} ({file_bytes} bytes) is not a safetensors file or is cut off in its "
+                    f"header (said to be {header_bytes} bytes): download it again"
+                )
+            header = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            begin, end = entry["data_offsets"]
+            entry["data_offsets"] = (int(begin) + 8 + header_bytes, int(end) + 8 + header_bytes)
+            entry["shape"] = tuple(int(size) for size in entry["shape"])
+            entry["dtype"] = str(entry["dtype"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(
+            f"{file} has an unreadable safetensors header: {err!r}. Download it again"
+        ) from err
+    expected_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
+    if file_bytes < expected_bytes:
+        raise CheckpointError(
+            f"{file} is truncated: {file_bytes} bytes, expected {expected_bytes} by its header. "
+            "Download it again"
+        )
+    return dict(header)
+
+
+def _canonical(stored_name: str) -> str:
+    return next(
+        canonical + stored_name.removeprefix(prefix)
+        for prefix, canonical in _PREFIXES
+        if stored_name.startswith(prefix)
+    )
+
+
+def _tensor_info(name: str, entry: Mapping[str, Any], file: Path) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(
+        name=name,
+        dtype=entry["dtype"],
+        shape=entry["shape"],
+        file=file,
+        offset=begin,
+        size_bytes=end - begin,
+    )
+
+
+def _checked(
+    found: Mapping[str, TensorInfo], config: GemmaConfig, folder: Path
+) -> Mapping[str, TensorInfo]:
+    """Return the tensors that the config calls for; vision towers and the like are left out."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape in expected_tensors(config).items():
+        info = found.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{folder} lacks the tensor {name} {list(shape)} that its config.json calls for: "
+                "the checkpoint is incomplete, or belongs to another config.json"
+            )
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{name} in {info.file} has shape {list(info.shape)}, expected {list(shape)} by "
+                "config.json: they belong to different models"
+            )
+        if info.dtype not in DTYPE_BYTES:
+            raise CheckpointError(
+                f"{name} in {info.file} has dtype {info.dtype}, expected {', '.join(DTYPE_BYTES)}: "
+                "use the original float checkpoint"
+            )
+        expected_bytes = math.prod(shape) * DTYPE_BYTES[info.dtype]
+        if info.size_bytes != expected_bytes:
+            raise CheckpointError(
+                f"{name} in {info.file} takes {info.size_bytes} bytes, expected {expected_bytes} "
+                f"for {info.dtype} {list(shape)}: the file is corrupt, download it again"
+            )
+        tensors[name] = info
+    return MappingProxyType(tensors)
+
+
+def _read_fully(stream: Any, target: memoryview) -> None:
+    """Fill `target`; an unbuffered read may return less than asked for."""
+    while target:
+        count = stream.readinto(target)
+        if not count:
+            raise EOFError(f"the file ends {len(target)} bytes early")
+        target = target[count:]

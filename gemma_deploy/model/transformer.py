@@ -1,0 +1,198 @@
+"""The decoder: `GemmaModel`, one definition of Gemma 1, 2 and 3 driven by `GemmaConfig`.
+
+The loop over layers takes the attention as a callable (`attention.Attend`), so that the eager model
+and exported graphs are the same modules run by the same code.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import RequestError
+from gemma_deploy.model.attend import AttentionImplementation, CachedAttention
+from gemma_deploy.model.attention import Attend, GemmaAttention
+from gemma_deploy.model.feed_forward import GemmaFeedForward
+from gemma_deploy.model.kv_cache import DynamicCache, KVCache, Step
+from gemma_deploy.model.masks import StepMasks
+from gemma_deploy.model.norm import RMSNorm
+from gemma_deploy.model.outputs import ModelOutput
+from gemma_deploy.model.rotary import RotaryEmbedding
+
+
+class GemmaDecoderLayer(nn.Module):
+    """Attention and feed-forward, each on a normalized copy of the residual stream.
+
+    Without post-norms (Gemma 1), `post_attention_layernorm` is the feed-forward's input norm; with
+    them (Gemma 2, 3) it normalizes the attention's output. The names are the checkpoints'.
+    """
+
+    def __init__(self, config: GemmaConfig, layer_idx: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.has_post_norms = config.has_post_norms
+        self.self_attn = GemmaAttention(config, layer_idx)
+        self.mlp = GemmaFeedForward(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        if config.has_post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(size, eps)
+            self.post_feedforward_layernorm = RMSNorm(size, eps)
+
+    def forward(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
+        """Map the residual stream [B, S, D] to the next layer's; attention weights if there are."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden), attend)
+        if self.has_post_norms:
+            hidden = hidden + self.post_attention_layernorm(attended)
+            fed = self.mlp(self.pre_feedforward_layernorm(hidden))
+            return hidden + self.post_feedforward_layernorm(fed), weights
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), weights
+
+
+class GemmaModel(nn.Module):
+    """Embedding, decoder layers, last norm.
+
+    Args:
+        config: The model's parameters.
+        attn_implementation: `sdpa` or `eager`; see `CachedAttention`.
+    """
+
+    def __init__(
+        self, config: GemmaConfig, *, attn_implementation: AttentionImplementation = "sdpa"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attn_implementation = attn_implementation
+        pad = config.pad_token_id
+        padding_idx = pad if pad is not None and pad < config.vocab_size else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx)
+        self.layers = nn.ModuleList(
+            GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self._embed_scales = {
+            # Gemma multiplies by sqrt(D) rounded to the weights' dtype: 55.5 for D 3072 in bfloat16.
+            dtype: float(torch.tensor(config.hidden_size**0.5, dtype=dtype, device="cpu"))
+            for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        }
+        initialize_weights(self, config)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return scaled embeddings [B, S, D] of int64 token ids [B, S]."""
+        weight = self.embed_tokens.weight
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded * self._embed_scales[weight.dtype]
+
+    def decode_layers(
+        self,
+        hidden: Tensor,
+        attend: Attend,
+        *,
+        hidden_states: list[Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run every layer and the last norm.
+
+        Args:
+            hidden: Scaled embeddings [B, S, D].
+            attend: Attention with its cache; called once for each layer, in order.
+            hidden_states: If given, `hidden`, each layer's output but the last, and the result
+                are appended.
+            attentions: If given, attention weights are appended where `attend` returns them.
+
+        Returns:
+            Normalized hidden states [B, S, D].
+        """
+        for layer in self.layers:
+            if hidden_states is not None:
+                hidden_states.append(hidden)
+            hidden, weights = layer(hidden, attend)
+            if attentions is not None and weights is not None:
+                attentions.append(weights)
+        hidden = self.norm(hidden)
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        return hidden
+
+    def forward(  # noqa: PLR0913  # transformers' signature, all but input_ids by keyword
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        cache_position: Tensor | None = None,
+    ) -> ModelOutput:
+        """Run the decoder as transformers' GemmaModel does.
+
+        Args:
+            input_ids: int64 [B, S]; this or `inputs_embeds`.
+            attention_mask: [B, cached + S], nonzero where there is a token; padding left or right.
+                None for no padding.
+            position_ids: int64 [B or 1, S], for rotary embedding; by default the cache slots.
+            past_key_values: Cache to read and write; its tensors change.
+            inputs_embeds: Scaled embeddings [B, S, D].
+            use_cache: Whether to start a DynamicCache when no cache is given; by default as the
+                config says.
+            output_hidden_states: Whether to return every layer's input.
+            output_attentions: Whether to return attention weights; runs eager attention.
+            cache_position: Cache slots of the new tokens, int64 [S], or [B, S] with a StaticCache;
+                by default those behind the cached tokens.
+
+        Raises:
+            RequestError: If inputs contradict each other; PromptTooLongError if a StaticCache
+                is too small.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give exactly one of input_ids and inputs_embeds")
+        embeds = inputs_embeds if input_ids is None else self.embed(input_ids)
+        if embeds is None:  # unreachable; tells type checkers what the check above has shown
+            raise RequestError("inputs_embeds is missing")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = DynamicCache() if past_key_values is None and use_cache else past_key_values
+        step = Step.after(
+            0 if cache is None else cache.get_seq_length(),
+            embeds.shape[1],
+            embeds.device,
+            cache_position,
+        )
+        attend = CachedAttention(
+            rotary=self.rotary_emb,
+            position_ids=step.positions if position_ids is None else position_ids,
+            step=step,
+            masks=StepMasks(
+                step, attention_mask, is_bidirectional=self.config.use_bidirectional_attention
+            ),
+            cache=cache,
+            implementation="eager" if output_attentions else self.attn_implementation,
+        )
+        hidden_states: list[Tensor] | None = [] if output_hidden_states else None
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        hidden = self.decode_layers(
+            embeds, attend, hidden_states=hidden_states, attentions=attentions
+        )
+        return ModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            attentions=None if attentions is None else tuple(attentions),
+        )
+
+
+@torch.no_grad()
+def initialize_weights(module: nn.Module, config: GemmaConfig) -> None:
+    """Draw fresh weights as transformers does: normal matrices, zero biases, norms and padding."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.weight.normal_(0.0, config.initializer_range)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            part.bias.zero_()
+        elif isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            part.weight[part.padding_idx].zero_()
+        elif isinstance(part, RMSNorm):
+            part.weight.zero_()
