@@ -1,1 +1,1 @@
-""""""
+"""Checkpoint to bundle: the exported graphs, and the weights they point into."""

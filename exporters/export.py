@@ -1,0 +1,167 @@
+"""Checkpoint folder to bundle folder: `export_checkpoint`."""
+
+import fnmatch
+import platform
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from gemma_deploy.bundle import (
+    GENERATION_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    Bundle,
+    FileRecord,
+    Manifest,
+    record_file,
+)
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import ConfigError, ExportError
+from gemma_deploy.exporters.onnx_graphs import write_graph
+from gemma_deploy.exporters.weights import StoredTensor, plan_weights, write_weights
+from gemma_deploy.graph_spec import PHASES, DType, Phase, Precision
+from gemma_deploy.staging import check_replaceable, staged_folder
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+OnProgress = Callable[[str, int, int], object]
+"""(what is being done, done, total); bytes while writing weights, steps otherwise."""
+
+GRAPH_FILES: dict[Phase, str] = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
+
+# Licences travel with the weights they are about.
+_LICENCE_PATTERNS = ("licen[cs]e*", "notice*", "*terms_of_use*", "*use_policy*", "copying*")
+_PRODUCERS = (
+    "gemma-deploy",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+)
+_STORED_AS: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Graphs, tokenizer and manifest together; a 262k-entry tokenizer.json has 33 MB.
+_SMALL_FILES_BYTES = 64 << 20
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: DType | None = None,
+    force: bool = False,
+    on_progress: OnProgress = lambda *_: None,
+) -> Bundle:
+    """Turn a Gemma checkpoint into a bundle: two ONNX graphs over one weights file.
+
+    The bundle appears whole or not at all. Memory stays flat whatever the model's size: the graphs
+    are traced without weights, and weights are streamed.
+
+    Args:
+        checkpoint: Folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
+        output: The bundle folder to create.
+        dtype: What to store the weights in; None keeps the checkpoint's own. float32 and float16
+            graphs compute in that dtype, bfloat16 graphs in float32; norms and logits are float32.
+        force: Whether an existing bundle at `output` may be replaced.
+        on_progress: Called as the work goes on.
+
+    Raises:
+        CheckpointError: Weights missing, truncated, of the wrong shape or dtype, or not finite.
+        ConfigError: Another model family, or bidirectional attention (an encoder).
+        OutputExistsError: `output` exists and `force` is False.
+        ExportError: The disk is too small, `output` cannot be written, or torch failed.
+    """
+    check_replaceable(output.absolute(), force=force, replaceable=MANIFEST_FILE)
+    source = Checkpoint.open(checkpoint)
+    if source.config.use_bidirectional_attention:
+        raise ConfigError(
+            f"{checkpoint} attends in both directions (use_bidirectional_attention): an encoder, "
+            "which cannot generate text. Only causal models are exported"
+        )
+    precision = Precision.of(dtype or _own_dtype(source))
+    plan = plan_weights(source, precision)
+    with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
+        _require_space(folder, sum(tensor.size_bytes for tensor in plan), output)
+        weights, record = _write_weights(source, plan, folder, on_progress)
+        for step, phase in enumerate(PHASES):
+            on_progress(f"tracing the {phase} graph", step, len(PHASES))
+            write_graph(source.config, phase, precision, weights, folder / GRAPH_FILES[phase])
+        on_progress("finishing", len(PHASES), len(PHASES))
+        _write_manifest(source, precision, folder, {WEIGHTS_FILE: record})
+    return Bundle.open(output)
+
+
+def _own_dtype(source: Checkpoint) -> DType:
+    """Return what most of the checkpoint's bytes are stored in."""
+    sizes: dict[str, int] = {}
+    for info in source.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size_bytes
+    return _STORED_AS[max(sizes, key=lambda name: sizes[name])]
+
+
+def _require_space(folder: Path, weights_bytes: int, output: Path) -> None:
+    needed, free = weights_bytes + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ExportError(
+            f"{output.parent} has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB: "
+            "free space, choose another output, or a narrower --dtype. Nothing was written"
+        )
+
+
+def _write_weights(
+    source: Checkpoint, plan: tuple[StoredTensor, ...], folder: Path, on_progress: OnProgress
+) -> tuple[dict[str, tuple[StoredTensor, int]], FileRecord]:
+    total, done = sum(tensor.size_bytes for tensor in plan), 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        on_progress("writing weights", done, total)
+
+    written = write_weights(source, plan, folder / WEIGHTS_FILE, on_bytes)
+    weights = {tensor.name: (tensor, written.offsets[tensor.name]) for tensor in plan}
+    return weights, written.record
+
+
+def _write_manifest(
+    source: Checkpoint, precision: Precision, folder: Path, records: dict[str, FileRecord]
+) -> None:
+    """Copy the small files, measure everything, and write the manifest last."""
+    tokenizer = [_copied(path, folder) for path in GemmaTokenizer.files(source.folder)]
+    generation = source.folder / GENERATION_FILE
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and any(fnmatch.fnmatch(path.name.lower(), p) for p in _LICENCE_PATTERNS):
+            _copied(path, folder)
+    manifest = Manifest(
+        config=source.config,
+        precision=precision,
+        graphs=GRAPH_FILES,
+        weights=WEIGHTS_FILE,
+        tokenizer=tuple(tokenizer),
+        generation=_copied(generation, folder) if generation.is_file() else None,
+        max_seq_len=source.config.max_position_embeddings,
+        files=records
+        | {
+            path.name: record_file(path)
+            for path in sorted(folder.iterdir())
+            if path.name not in records
+        },
+        versions=_versions(),
+    )
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _copied(path: Path, folder: Path) -> str:
+    shutil.copyfile(path, folder / path.name)
+    return path.name
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PRODUCERS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # one of the two onnxruntime packages is enough
+    return versions
