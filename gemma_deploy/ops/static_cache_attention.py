@@ -173,4 +173,6 @@ def _(*inputs: Tensor, **_attributes: float) -> tuple[Tensor, Tensor, Tensor]:
     query, key_cache, value_cache = (
         inputs[INPUTS.index(name)] for name in ("query", "key_cache", "value_cache")
     )
-    return torch.empty_like(query), torch.empty_like(key_cache), torch.empty_like(value_cache)
+    # The output is contiguous; the caches keep the strides of those given, as clone() does.
+    output = query.new_empty(query.shape)
+    return output, torch.empty_like(key_cache), torch.empty_like(value_cache)
