@@ -1,14 +1,19 @@
-"""A server on this machine that speaks the part of the hub's protocol that downloads use."""
+"""Fixtures: a small bundle with its tokenizer, and a server that speaks the hub's protocol."""
 
 import hashlib
 import json
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 
 import pytest
+
+VOCAB_SIZE = 512
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
 COMMIT = "1" * 40
 TOKEN = "hf_good"
@@ -107,3 +112,51 @@ def hub_server() -> Iterator[HubServer]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def bundle_checkpoint(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny float32 checkpoint with a tokenizer, as complete as one from the hub."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    shutil.copytree(tiny_checkpoint("gemma1"), folder)
+    _write_tokenizer(folder)
+    (folder / "LICENSE").write_text("The terms of this model.")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float32 bundle of `bundle_checkpoint`: shared, never change it."""
+    from gemma_deploy.exporters.export import export_checkpoint
+
+    return export_checkpoint(bundle_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny").folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Train a byte-fallback BPE in Gemma's layout on this repository's own words."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,0 +1,71 @@
+"""`gemma-deploy doctor`: what this machine can run."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
+
+if TYPE_CHECKING:
+    from gemma_deploy.machine import Machine
+
+
+@click.command(
+    "doctor",
+    short_help="Tell what this machine can run and how to install what is missing.",
+    epilog="""\b
+Examples:
+  gemma-deploy doctor
+  gemma-deploy doctor --json | jq '.capabilities[] | select(.is_available)'
+""",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+def command(*, as_json: bool) -> None:
+    """Tell what this machine can run and how to install what is missing.
+
+    An execution provider counts only if a session really gets it here: what onnxruntime was
+    compiled with says nothing about this machine. Exits with 1 if bundles cannot run at all.
+    """
+    from gemma_deploy.doctor import CPU_PROVIDER, capabilities, warnings
+    from gemma_deploy.machine import read_machine
+
+    machine = read_machine()
+    found, alerts = capabilities(machine), warnings(machine)
+    if as_json:
+        judged = [dataclasses.asdict(capability) for capability in found]
+        report = {"machine": dataclasses.asdict(machine), "capabilities": judged}
+        emit_json(report | {"warnings": alerts}, indent=1)
+    else:
+        emit_table(_facts(machine), title="This machine")
+        emit_table([(k, machine.packages[k]) for k in machine.packages], title="Packages")
+        click.secho("What it can run", bold=True)
+        for capability in found:
+            mark = "yes" if capability.is_available else "no "
+            click.echo(f"  {mark}  {capability.name}: {capability.detail}")
+            if capability.remedy:
+                click.echo(f"         -> {capability.remedy}")
+        for alert in alerts:
+            click.secho(f"Warning: {alert}", fg="yellow")
+    if CPU_PROVIDER not in machine.working_providers:
+        raise click.exceptions.Exit(1)
+
+
+def _facts(machine: "Machine") -> list[tuple[str, str]]:
+    memory = "unknown" if machine.memory_bytes is None else format_bytes(machine.memory_bytes)
+    gpus = [
+        f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, compute capability "
+        f"{gpu.compute_capability[0]}.{gpu.compute_capability[1]}"
+        for gpu in machine.gpus
+    ]
+    return [
+        ("system", f"{machine.system}, Python {machine.python}"),
+        ("processor", f"{machine.cpu}, {machine.cores} cores"),
+        ("instructions", " ".join(machine.cpu_features) or "unknown"),
+        ("memory", memory),
+        ("free disk", f"{format_bytes(machine.free_disk_bytes)} here"),
+        ("CUDA driver", machine.cuda_driver or "none"),
+        *[("GPU", gpu) for gpu in gpus or ["none"]],
+        ("providers", f"working: {' '.join(machine.working_providers) or 'none'}"),
+        ("", f"compiled in: {' '.join(machine.compiled_providers) or 'none'}"),
+    ]

@@ -1,0 +1,121 @@
+"""`gemma-deploy inspect`: what a bundle or checkpoint holds, and the memory it needs."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
+
+if TYPE_CHECKING:
+    from gemma_deploy.inspection import Inspection
+    from gemma_deploy.memory import MemoryEstimate
+
+_GENERATIONS = {"gemma": "Gemma 1", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3"}
+_SHORT_SEQ_LEN = 1024
+_PREFILL_TOKENS = 512
+
+
+@click.command(
+    "inspect",
+    short_help="Show what a bundle or checkpoint holds and the memory it needs.",
+    epilog="""\b
+Examples:
+  gemma-deploy inspect gemma-2b
+  gemma-deploy inspect gemma-2b --max-seq-len 2048 --max-seq-len 8192 --batch-size 4
+  gemma-deploy inspect gemma-2b --json | jq .weights
+""",
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--max-seq-len",
+    "lengths",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="TOKENS",
+    help=f"Estimate memory for this many tokens of prompt and answer together; may be repeated. "
+    f"[default: {_SHORT_SEQ_LEN} and the model's limit]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="ROWS",
+    help="Estimate memory for this many prompts at a time.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: bool) -> None:
+    """Show what the bundle or checkpoint at PATH holds and the memory it needs.
+
+    Only headers and sizes are read, so it answers at once for a model of any size; `verify` checks
+    the contents. Weights and KV cache are exact, activations are an estimate of the peak while a
+    prompt is read; what the backend itself needs comes on top.
+    """
+    from gemma_deploy.inspection import inspect_folder
+
+    inspection = inspect_folder(path)
+    limit = inspection.config.max_position_embeddings
+    estimates = [
+        inspection.estimate(
+            batch_size=batch_size, max_seq_len=length, prefill_tokens=_PREFILL_TOKENS
+        )
+        for length in lengths or sorted({min(_SHORT_SEQ_LEN, limit), limit})
+    ]
+    if as_json:
+        rows = [dataclasses.asdict(e) | {"total_bytes": e.total_bytes} for e in estimates]
+        emit_json(inspection.to_dict() | {"memory": rows}, indent=1)
+        return
+    _print(inspection, estimates)
+
+
+def _print(inspection: "Inspection", estimates: list["MemoryEstimate"]) -> None:
+    emit_table(_facts(inspection), title=f"{inspection.kind.capitalize()} {inspection.folder}")
+    groups = [(name, format_bytes(size)) for name, size in inspection.bytes_by_group.items()]
+    emit_table([*groups, ("total", format_bytes(inspection.weights_bytes))], title="Weights")
+    emit_table(
+        [(name, format_bytes(size)) for name, size in inspection.files.items()], title="Files"
+    )
+    first = estimates[0]
+    rows = [(f"{e.max_seq_len} tokens", _memory(e)) for e in estimates]
+    emit_table(rows, title=f"Memory for {_plural(first.batch_size, 'prompt')} at a time of")
+
+
+def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
+    config, precision = inspection.config, inspection.precision
+    sliding = sum(config.window_of(layer) is not None for layer in range(config.num_hidden_layers))
+    window = f", {sliding} with a window of {config.sliding_window} tokens" if sliding else ""
+    made_by = ", ".join(f"{name} {version}" for name, version in inspection.versions.items())
+    dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in inspection.bytes_by_dtype.items())
+    heads = (
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads "
+        f"of {config.head_dim}"
+    )
+    facts = [
+        ("model", f"{_GENERATIONS[config.model_type]}, {inspection.parameters:,} parameters"),
+        ("layers", f"{config.num_hidden_layers}{window}"),
+        ("hidden size", f"{config.hidden_size}, feed-forward {config.intermediate_size}"),
+        ("attention", heads),
+        ("vocabulary", f"{config.vocab_size}{', tied' if config.tie_word_embeddings else ''}"),
+        ("longest text", f"{config.max_position_embeddings} tokens"),
+        ("stored as", dtypes),
+    ]
+    if inspection.kind == "bundle":
+        facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))
+        facts.append(("made by", made_by))
+    return facts
+
+
+def _memory(estimate: "MemoryEstimate") -> str:
+    parts = (
+        ("weights", estimate.weights_bytes),
+        ("KV cache", estimate.kv_cache_bytes),
+        ("activations", estimate.activation_bytes),
+    )
+    text = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+    return f"{format_bytes(estimate.total_bytes)} = {text}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

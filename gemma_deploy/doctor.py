@@ -1,0 +1,193 @@
+"""What a machine can run, judged from its facts, with the remedy for what it cannot."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from gemma_deploy.machine import Machine
+
+CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+CPU_PROVIDER: Final = "CPUExecutionProvider"
+
+_ORT_PACKAGES: Final = ("onnxruntime", "onnxruntime-gpu")
+_TENSORRT_CAPABILITY: Final = (7, 5)
+_NO_DRIVER: Final = "no NVIDIA driver on this machine"
+_DRIVER_REMEDY: Final = "needs an NVIDIA GPU and its driver: https://www.nvidia.com/drivers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capability:
+    """One thing that may be done with gemma-deploy.
+
+    Attributes:
+        name: What it is.
+        is_available: Whether this machine can do it.
+        detail: Why, or with what.
+        remedy: What to run or do to make it available; None where nothing is needed or helps.
+    """
+
+    name: str
+    is_available: bool
+    detail: str
+    remedy: str | None = None
+
+
+def capabilities(machine: Machine) -> list[Capability]:
+    """Judge everything that gemma-deploy or its extras can do on a machine."""
+    judges: tuple[Callable[[Machine], Capability], ...] = (
+        _export,
+        _onnxruntime_cpu,
+        _onnxruntime_cuda,
+        _torch_cpu,
+        _torch_cuda,
+        _tensorrt,
+        _tensorrt_rtx,
+        _hub,
+    )
+    return [judge(machine) for judge in judges]
+
+
+def warnings(machine: Machine) -> list[str]:
+    """Return what works by luck, or will not work as it seems to."""
+    found = []
+    if all(name in machine.packages for name in _ORT_PACKAGES):
+        found.append(
+            "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other's files "
+            "and which one runs is chance. Keep one: `pip uninstall -y onnxruntime onnxruntime-gpu "
+            "&& pip install onnxruntime-gpu`"
+        )
+    if machine.gpus and machine.torch_cuda is None and "torch" in machine.packages:
+        found.append(
+            "there is a GPU, but torch was built without CUDA: `--backend torch` runs on the CPU. "
+            "https://pytorch.org/get-started/locally has the install line of a CUDA build"
+        )
+    if machine.cpu_features and not {"avx2", "asimd"} & set(machine.cpu_features):
+        found.append("the processor has no AVX2: generation on it will be very slow")
+    return found
+
+
+def _export(machine: Machine) -> Capability:
+    missing = [name for name in ("torch", "onnx", "onnxscript") if name not in machine.packages]
+    if missing:
+        return Capability(
+            name="export",
+            is_available=False,
+            detail=f"{', '.join(missing)} not installed",
+            remedy="pip install --upgrade gemma-deploy",
+        )
+    detail = f"torch {machine.packages['torch']}, onnx {machine.packages['onnx']}"
+    return Capability(name="export", is_available=True, detail=detail)
+
+
+def _onnxruntime_cpu(machine: Machine) -> Capability:
+    name = "ONNX Runtime on the CPU"
+    if CPU_PROVIDER in machine.working_providers:
+        return Capability(name=name, is_available=True, detail=_ort_version(machine))
+    return Capability(
+        name=name,
+        is_available=False,
+        detail=machine.onnxruntime_error or "its CPU provider does not load",
+        remedy="pip install --upgrade --force-reinstall onnxruntime-gpu",
+    )
+
+
+def _onnxruntime_cuda(machine: Machine) -> Capability:
+    name = "ONNX Runtime on CUDA"
+    if CUDA_PROVIDER in machine.working_providers:
+        detail = f"{_ort_version(machine)} on {machine.gpus[0].name if machine.gpus else 'CUDA'}"
+        return Capability(name=name, is_available=True, detail=detail)
+    if not machine.gpus:
+        return _without_gpu(name, machine)
+    if CUDA_PROVIDER not in machine.compiled_providers:
+        return Capability(
+            name=name,
+            is_available=False,
+            detail="the installed onnxruntime was built without CUDA",
+            remedy="pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
+        )
+    return Capability(
+        name=name,
+        is_available=False,
+        detail=f"the CUDA or cuDNN libraries that {_ort_version(machine)} needs do not load",
+        remedy='pip install "onnxruntime-gpu[cuda,cudnn]"',
+    )
+
+
+def _torch_cpu(machine: Machine) -> Capability:
+    version = machine.packages.get("torch")
+    return Capability(
+        name="torch on the CPU",
+        is_available=version is not None,
+        detail=f"torch {version}" if version else "torch not installed",
+        remedy=None if version else "pip install torch",
+    )
+
+
+def _torch_cuda(machine: Machine) -> Capability:
+    name = "torch on CUDA"
+    if not machine.gpus:
+        return _without_gpu(name, machine)
+    if machine.torch_cuda is None:
+        return Capability(
+            name=name,
+            is_available=False,
+            detail="the installed torch was built without CUDA",
+            remedy="see https://pytorch.org/get-started/locally",
+        )
+    return Capability(name=name, is_available=True, detail=f"built for CUDA {machine.torch_cuda}")
+
+
+def _tensorrt(machine: Machine) -> Capability:
+    return _tensorrt_flavour(machine, "TensorRT library", "tensorrt")
+
+
+def _tensorrt_rtx(machine: Machine) -> Capability:
+    return _tensorrt_flavour(machine, "TensorRT for RTX library", "tensorrt-rtx")
+
+
+def _tensorrt_flavour(machine: Machine, name: str, package: str) -> Capability:
+    version = machine.packages.get(package)
+    if version is None:
+        # Building is possible without a GPU, so the library comes first.
+        return Capability(
+            name=name,
+            is_available=False,
+            detail=f"{package} not installed",
+            remedy=f'pip install "gemma-deploy[{package}]"',
+        )
+    if not machine.gpus:
+        return _without_gpu(name, machine)
+    gpu = machine.gpus[0]
+    if gpu.compute_capability < _TENSORRT_CAPABILITY:
+        major, minor = gpu.compute_capability
+        detail = f"{gpu.name} has compute capability {major}.{minor}; 7.5 or newer is needed"
+        return Capability(name=name, is_available=False, detail=detail)
+    return Capability(name=name, is_available=True, detail=f"{version} on {gpu.name}")
+
+
+def _hub(machine: Machine) -> Capability:
+    version = machine.packages.get("huggingface_hub")
+    return Capability(
+        name="hub downloads",
+        is_available=version is not None,
+        detail=f"huggingface_hub {version}" if version else "huggingface_hub not installed",
+        remedy=None if version else 'pip install "gemma-deploy[hub]"',
+    )
+
+
+def _without_gpu(name: str, machine: Machine) -> Capability:
+    if machine.cuda_driver is None:
+        return Capability(name=name, is_available=False, detail=_NO_DRIVER, remedy=_DRIVER_REMEDY)
+    return Capability(
+        name=name,
+        is_available=False,
+        detail=f"the driver (CUDA {machine.cuda_driver}) shows no GPU to this process",
+        remedy="check `nvidia-smi` and CUDA_VISIBLE_DEVICES; a container needs `--gpus all`",
+    )
+
+
+def _ort_version(machine: Machine) -> str:
+    installed = [
+        f"{name} {machine.packages[name]}" for name in _ORT_PACKAGES if name in machine.packages
+    ]
+    return ", ".join(installed)

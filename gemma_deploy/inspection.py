@@ -1,0 +1,179 @@
+"""What a bundle or a checkpoint holds: model, files, dtypes, sizes, and the memory it needs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma_deploy import memory
+from gemma_deploy.bundle import MANIFEST_FILE, Bundle
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from gemma_deploy.errors import BundleError, RequestError
+from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
+
+_FLOAT_NAMES: Mapping[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """The contents of a folder.
+
+    Attributes:
+        kind: What the folder is.
+        folder: The folder.
+        config: The model.
+        precision: Dtypes of a bundle; for a checkpoint, those of the bundle that `export` makes of
+            it unless told otherwise.
+        parameters: Number of weights; a tied embedding counts once.
+        weights_bytes: Size of the weights as stored.
+        bytes_by_group: That size per group of tensors (`memory.GROUPS`).
+        bytes_by_dtype: That size per dtype.
+        files: Size in bytes of each file.
+        versions: What made a bundle; empty for a checkpoint.
+    """
+
+    kind: Literal["bundle", "checkpoint"]
+    folder: Path
+    config: GemmaConfig
+    precision: Precision
+    parameters: int
+    weights_bytes: int
+    bytes_by_group: Mapping[str, int]
+    bytes_by_dtype: Mapping[DType, int]
+    files: Mapping[str, int]
+    versions: Mapping[str, str]
+
+    def estimate(
+        self, *, batch_size: int, max_seq_len: int, prefill_tokens: int
+    ) -> memory.MemoryEstimate:
+        """Estimate what running it takes; for a checkpoint, the bundle that would be made of it.
+
+        Args:
+            batch_size: Prompts at a time.
+            max_seq_len: Tokens of prompt and answer together.
+            prefill_tokens: Longest piece of a prompt that is computed at once.
+
+        Raises:
+            RequestError: `max_seq_len` is beyond what the model was made for.
+        """
+        limit = self.config.max_position_embeddings
+        if max_seq_len > limit:
+            raise RequestError(
+                f"max_seq_len is {max_seq_len}; the model was made for at most {limit} tokens"
+            )
+        is_bundle = self.kind == "bundle"
+        stored = self.weights_bytes if is_bundle else self._bundle_bytes(self.precision)
+        return memory.estimate(
+            self.config,
+            self.precision,
+            stored_bytes=stored,
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            prefill_tokens=prefill_tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it."""
+        return {
+            "kind": self.kind,
+            "path": str(self.folder),
+            "model": self.config.to_dict(),
+            "precision": dataclasses.asdict(self.precision),
+            "parameters": self.parameters,
+            "weights": {
+                "size_bytes": self.weights_bytes,
+                "by_group": dict(self.bytes_by_group),
+                "by_dtype": dict(self.bytes_by_dtype),
+            },
+            "files": dict(self.files),
+            "versions": dict(self.versions),
+        }
+
+    def _bundle_bytes(self, precision: Precision) -> int:
+        return memory.weights_bytes(self.config, precision)
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Read what a bundle or a checkpoint holds; no weights are read.
+
+    Raises:
+        BundleError: Neither of the two, or a bundle that is incomplete.
+        CheckpointError: A checkpoint that is incomplete.
+        ConfigError: A checkpoint of another model family.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        return _inspect_bundle(Bundle.open(folder))
+    if (folder / CONFIG_FILE).is_file():
+        return _inspect_checkpoint(Checkpoint.open(folder))
+    found = "is a folder without either" if folder.is_dir() else "is not a folder"
+    raise BundleError(
+        f"{folder} {found}; expected a bundle ({MANIFEST_FILE}) or a checkpoint ({CONFIG_FILE})"
+    )
+
+
+def _inspect_bundle(bundle: Bundle) -> Inspection:
+    tensors = _stored_tensors(bundle.weights_path)
+    manifest = bundle.manifest
+    manifest_bytes = (bundle.folder / MANIFEST_FILE).stat().st_size
+    return Inspection(
+        kind="bundle",
+        folder=bundle.folder,
+        config=bundle.config,
+        precision=manifest.precision,
+        parameters=sum(elements for _, _, elements, _ in tensors),
+        weights_bytes=sum(size_bytes for *_, size_bytes in tensors),
+        bytes_by_group=memory.bytes_by_group((name, size) for name, _, _, size in tensors),
+        bytes_by_dtype=_bytes_by_dtype([(dtype, size) for _, dtype, _, size in tensors]),
+        files={name: record.size_bytes for name, record in manifest.files.items()}
+        | {MANIFEST_FILE: manifest_bytes},
+        versions=manifest.versions,
+    )
+
+
+def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    tensors = checkpoint.tensors.values()
+    by_dtype = _bytes_by_dtype([(_FLOAT_NAMES[t.dtype], t.size_bytes) for t in tensors])
+    own_dtype = next(iter(by_dtype))
+    paths = sorted(path for path in checkpoint.folder.iterdir() if path.is_file())
+    return Inspection(
+        kind="checkpoint",
+        folder=checkpoint.folder,
+        config=checkpoint.config,
+        precision=Precision.of(own_dtype),
+        parameters=memory.num_parameters(checkpoint.config),
+        weights_bytes=sum(tensor.size_bytes for tensor in tensors),
+        bytes_by_group=memory.bytes_by_group((t.name, t.size_bytes) for t in tensors),
+        bytes_by_dtype=by_dtype,
+        files={path.name: path.stat().st_size for path in paths},
+        versions={},
+    )
+
+
+def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
+    """Return (name, dtype, number of elements, bytes) of each tensor of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = []
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(name)
+                dtype = _FLOAT_NAMES[part.get_dtype()]
+                elements = math.prod(part.get_shape())
+                tensors.append((name, dtype, elements, elements * DTYPE_BYTES[dtype]))
+    except (SafetensorError, KeyError) as err:
+        raise BundleError(
+            f"{path} cannot be read as safetensors ({err}): copy the bundle again or export it again"
+        ) from err
+    return tensors
+
+
+def _bytes_by_dtype(sizes: Sequence[tuple[DType, int]]) -> dict[DType, int]:
+    """Sum bytes per dtype, the largest sum first."""
+    sums: dict[DType, int] = {}
+    for dtype, size in sizes:
+        sums[dtype] = sums.get(dtype, 0) + size
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))

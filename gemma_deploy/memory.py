@@ -1,0 +1,145 @@
+"""Size estimates: what a model's weights, KV cache and activations take, from its numbers alone.
+
+Nothing is measured here. Weights and cache are exact (they are stored and allocated in these very
+shapes); activations are the largest set of tensors that is alive at once in a layer, or at the head.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from gemma_deploy.checkpoint import expected_tensors
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision, cache_bytes
+
+GROUPS: Final = ("embedding", "attention", "feed-forward", "norms", "head")
+
+_FLOAT32_BYTES: Final = DTYPE_BYTES["float32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """What running a model takes, in bytes.
+
+    Attributes:
+        batch_size: B, rows.
+        max_seq_len: T, capacity of the KV cache in tokens.
+        prefill_tokens: S, most tokens of one row that are computed in one step.
+        weights_bytes: The weights as they are stored.
+        kv_cache_bytes: Key and value cache of every layer.
+        activation_bytes: Peak of the tensors inside a prefill step; a decode step needs less.
+    """
+
+    batch_size: int
+    max_seq_len: int
+    prefill_tokens: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, KV cache and activations together."""
+        return self.weights_bytes + self.kv_cache_bytes + self.activation_bytes
+
+
+def num_parameters(config: GemmaConfig) -> int:
+    """Return the number of weights of a model; a tied embedding counts once."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values())
+
+
+def weights_bytes(config: GemmaConfig, precision: Precision) -> int:
+    """Return the size of a bundle's weights in bytes: matrices as asked for, norms in float32."""
+    total = 0
+    for name, shape in expected_tensors(config).items():
+        matrix_or_bias = precision.weights if len(shape) == 2 else precision.activations
+        dtype = "float32" if group_of(name) == "norms" else matrix_or_bias
+        total += math.prod(shape) * DTYPE_BYTES[dtype]
+    return total
+
+
+def group_of(tensor_name: str) -> str:
+    """Return which of `GROUPS` a weight belongs to, by its canonical name."""
+    if "norm" in tensor_name:  # before attention: q_norm and k_norm live there
+        return "norms"
+    if ".self_attn." in tensor_name:
+        return "attention"
+    if ".mlp." in tensor_name:
+        return "feed-forward"
+    return "head" if tensor_name.startswith("lm_head.") else "embedding"
+
+
+def bytes_by_group(tensors: Iterable[tuple[str, int]]) -> Mapping[str, int]:
+    """Sum (name, bytes) pairs per group; groups without tensors are left out."""
+    sums = dict.fromkeys(GROUPS, 0)
+    for name, size_bytes in tensors:
+        sums[group_of(name)] += size_bytes
+    return {group: size for group, size in sums.items() if size}
+
+
+def activation_bytes(
+    config: GemmaConfig, dtype: DType, *, batch_size: int, tokens: int, max_seq_len: int
+) -> int:
+    """Return the peak of a step's intermediate tensors in bytes.
+
+    The largest of three places, each with the residual stream [B, S, D] alive:
+
+    * attention: its input [B, S, D], q and its output [B, S, N*H], k and v [B, S, K*H], and the
+      float32 scores [B, N, S, T];
+    * feed-forward: its input [B, S, D] and gate, gelu(gate) and up, [B, S, F] each;
+    * head: the float32 logits [B, 1, V] of the one position per row that a prompt asks for.
+
+    Args:
+        config: The model.
+        dtype: What the graph computes in.
+        batch_size: B.
+        tokens: S, tokens of each row in this step.
+        max_seq_len: T, the longest row that the step's tokens attend to.
+    """
+    rows = batch_size * tokens
+    q_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    itemsize = DTYPE_BYTES[dtype]
+    residual = rows * config.hidden_size * itemsize
+    scores = rows * config.num_attention_heads * max_seq_len * _FLOAT32_BYTES
+    attention = rows * (config.hidden_size + 2 * q_width + 2 * kv_width) * itemsize + scores
+    feed_forward = rows * (config.hidden_size + 3 * config.intermediate_size) * itemsize
+    head = batch_size * config.vocab_size * _FLOAT32_BYTES
+    return residual + max(attention, feed_forward, head)
+
+
+def estimate(
+    config: GemmaConfig,
+    precision: Precision,
+    *,
+    stored_bytes: int,
+    batch_size: int,
+    max_seq_len: int,
+    prefill_tokens: int,
+) -> MemoryEstimate:
+    """Estimate what running a model takes.
+
+    Args:
+        config: The model.
+        precision: Dtypes of activations and cache.
+        stored_bytes: The weights' size as stored.
+        batch_size: B, prompts at a time.
+        max_seq_len: T, tokens of prompt and answer together.
+        prefill_tokens: S, longest piece of a prompt that is computed at once.
+    """
+    tokens = min(prefill_tokens, max_seq_len)
+    return MemoryEstimate(
+        batch_size=batch_size,
+        max_seq_len=max_seq_len,
+        prefill_tokens=tokens,
+        weights_bytes=stored_bytes,
+        kv_cache_bytes=cache_bytes(config, precision.cache, batch_size, max_seq_len),
+        activation_bytes=activation_bytes(
+            config,
+            precision.activations,
+            batch_size=batch_size,
+            tokens=tokens,
+            max_seq_len=max_seq_len,
+        ),
+    )

@@ -1,0 +1,151 @@
+import dataclasses
+
+import pytest
+
+from gemma_deploy.doctor import Capability, capabilities, warnings
+from gemma_deploy.machine import Gpu, Machine
+
+BARE = Machine(
+    system="Linux x86_64",
+    python="3.12.1",
+    cpu="A processor",
+    cpu_features=("avx2",),
+    cores=4,
+    memory_bytes=16 << 30,
+    free_disk_bytes=100 << 30,
+    packages={"torch": "2.9.0", "onnx": "1.19.0", "onnxscript": "0.5", "onnxruntime-gpu": "1.24.0"},
+    torch_cuda="13.0",
+    cuda_driver=None,
+    gpus=(),
+    compiled_providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    working_providers=("CPUExecutionProvider",),
+    onnxruntime_error=None,
+)
+GPU = Gpu(name="RTX 4090", compute_capability=(8, 9), memory_bytes=24 << 30)
+OLD_GPU = Gpu(name="GTX 1080", compute_capability=(6, 1), memory_bytes=8 << 30)
+WITH_GPU = dataclasses.replace(BARE, cuda_driver="13.0", gpus=(GPU,))
+
+
+class TestCapabilities:
+    @pytest.mark.parametrize("name", ["export", "ONNX Runtime on the CPU", "torch on the CPU"])
+    def test_a_cpu_is_enough(self, name: str) -> None:
+        found = judged(BARE, name)
+
+        assert found.is_available
+        assert found.remedy is None
+
+    @pytest.mark.parametrize("name", ["ONNX Runtime on CUDA", "torch on CUDA"])
+    def test_no_driver(self, name: str) -> None:
+        found = judged(BARE, name)
+
+        assert not found.is_available
+        assert found.detail == "no NVIDIA driver on this machine"
+
+    @pytest.mark.parametrize("name", ["ONNX Runtime on CUDA", "torch on CUDA"])
+    def test_driver_without_device(self, name: str) -> None:
+        found = judged(dataclasses.replace(BARE, cuda_driver="13.0"), name)
+
+        assert not found.is_available
+        assert found.remedy is not None
+        assert "--gpus all" in found.remedy
+
+    def test_compiled_in_is_not_working(self) -> None:
+        found = judged(WITH_GPU, "ONNX Runtime on CUDA")
+
+        assert not found.is_available
+        assert found.remedy == 'pip install "onnxruntime-gpu[cuda,cudnn]"'
+
+    def test_the_cpu_package_on_a_gpu_machine(self) -> None:
+        machine = dataclasses.replace(WITH_GPU, compiled_providers=("CPUExecutionProvider",))
+
+        assert judged(machine, "ONNX Runtime on CUDA").remedy == (
+            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+        )
+
+    def test_cuda_that_works(self) -> None:
+        providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        machine = dataclasses.replace(WITH_GPU, working_providers=providers)
+
+        assert judged(machine, "ONNX Runtime on CUDA") == Capability(
+            name="ONNX Runtime on CUDA",
+            is_available=True,
+            detail="onnxruntime-gpu 1.24.0 on RTX 4090",
+        )
+        assert judged(machine, "torch on CUDA").is_available
+
+    def test_torch_without_cuda_on_a_gpu_machine(self) -> None:
+        machine = dataclasses.replace(WITH_GPU, torch_cuda=None)
+
+        assert "built without CUDA" in judged(machine, "torch on CUDA").detail
+        assert any("torch was built without CUDA" in text for text in warnings(machine))
+
+    @pytest.mark.parametrize(
+        ("name", "line"),
+        [
+            ("TensorRT library", 'pip install "gemma-deploy[tensorrt]"'),
+            ("TensorRT for RTX library", 'pip install "gemma-deploy[tensorrt-rtx]"'),
+            ("hub downloads", 'pip install "gemma-deploy[hub]"'),
+        ],
+    )
+    def test_install_line_of_each_extra(self, name: str, line: str) -> None:
+        found = judged(WITH_GPU, name)
+
+        assert not found.is_available
+        assert found.remedy == line
+
+    @pytest.mark.parametrize(
+        ("name", "package"),
+        [("TensorRT library", "tensorrt"), ("TensorRT for RTX library", "tensorrt-rtx")],
+    )
+    def test_tensorrt_needs_a_gpu_that_is_new_enough(self, name: str, package: str) -> None:
+        packages = {**WITH_GPU.packages, package: "1.7.1"}
+        machine = dataclasses.replace(WITH_GPU, packages=packages)
+
+        assert judged(machine, name).is_available
+        old = judged(dataclasses.replace(machine, gpus=(OLD_GPU,)), name)
+        assert old.detail == "GTX 1080 has compute capability 6.1; 7.5 or newer is needed"
+        assert not old.is_available
+        assert not judged(dataclasses.replace(machine, gpus=()), name).is_available
+
+    @pytest.mark.parametrize(
+        ("name", "remedy"),
+        [
+            ("export", "pip install --upgrade gemma-deploy"),
+            ("torch on the CPU", "pip install torch"),
+            (
+                "ONNX Runtime on the CPU",
+                "pip install --upgrade --force-reinstall onnxruntime-gpu",
+            ),
+        ],
+    )
+    def test_broken_installation(self, name: str, remedy: str) -> None:
+        machine = dataclasses.replace(
+            BARE, packages={}, working_providers=(), onnxruntime_error="no module"
+        )
+
+        found = judged(machine, name)
+
+        assert not found.is_available
+        assert found.remedy == remedy
+
+
+class TestWarnings:
+    def test_none_on_a_sound_machine(self) -> None:
+        assert warnings(BARE) == []
+
+    def test_both_onnxruntime_packages(self) -> None:
+        machine = dataclasses.replace(BARE, packages={**BARE.packages, "onnxruntime": "1.24.0"})
+
+        assert "both onnxruntime and onnxruntime-gpu are installed" in warnings(machine)[0]
+        assert "pip uninstall -y onnxruntime onnxruntime-gpu" in warnings(machine)[0]
+
+    def test_a_processor_without_avx2(self) -> None:
+        machine = dataclasses.replace(BARE, cpu_features=("f16c",))
+
+        assert warnings(machine) == [
+            "the processor has no AVX2: generation on it will be very slow"
+        ]
+
+
+def judged(machine: Machine, name: str) -> Capability:
+    return next(capability for capability in capabilities(machine) if capability.name == name)

@@ -1,0 +1,132 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma_deploy import memory
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.graph_spec import Precision
+
+# Gemma 1 2B, whose sizes are published: 2,506,172,416 parameters (the model card of
+# google/gemma-2b on the hub shows them), one key-value head.
+GEMMA_2B = GemmaConfig(
+    hidden_size=2048,
+    intermediate_size=16_384,
+    num_hidden_layers=18,
+    num_attention_heads=8,
+    num_key_value_heads=1,
+)
+SMALL = GemmaConfig(
+    vocab_size=100,
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+
+
+class TestParameters:
+    def test_gemma_2b(self) -> None:
+        assert memory.num_parameters(GEMMA_2B) == 2_506_172_416
+
+    @pytest.mark.parametrize(
+        "name", ["gemma1", "gemma1-mha-bias", "gemma1-untied", "gemma2", "gemma3"]
+    )
+    def test_as_transformers_counts_them(
+        self, name: str, tiny_checkpoint: Callable[..., Path], oracle: Callable[..., object]
+    ) -> None:
+        folder = tiny_checkpoint(name)
+
+        ours = memory.num_parameters(GemmaConfig.from_file(folder))
+
+        assert ours == oracle(folder).num_parameters()  # type: ignore[attr-defined] # transformers' model
+
+
+class TestWeights:
+    # Worked out by hand: matrices 100*8 + 2 layers * (q 16*8 + k 8*8 + v 8*8 + o 8*16
+    # + gate, up, down 3 * 16*8) = 800 + 2 * (384 + 384) = 2336; norms 5 * 8 = 40.
+    @pytest.mark.parametrize(
+        ("precision", "expected"),
+        [
+            (Precision.of("float32"), 2336 * 4 + 40 * 4),
+            (Precision.of("float16"), 2336 * 2 + 40 * 4),
+            (Precision.of("bfloat16"), 2336 * 2 + 40 * 4),
+        ],
+    )
+    def test_by_hand(self, precision: Precision, expected: int) -> None:
+        assert memory.weights_bytes(SMALL, precision) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "group"),
+        [
+            ("model.embed_tokens.weight", "embedding"),
+            ("model.layers.0.self_attn.q_proj.weight", "attention"),
+            ("model.layers.0.self_attn.k_proj.bias", "attention"),
+            ("model.layers.0.self_attn.q_norm.scale", "norms"),
+            ("model.layers.0.mlp.down_proj.weight", "feed-forward"),
+            ("model.layers.0.post_attention_layernorm.scale", "norms"),
+            ("model.norm.weight", "norms"),
+            ("lm_head.weight", "head"),
+        ],
+    )
+    def test_groups(self, name: str, group: str) -> None:
+        assert memory.group_of(name) == group
+
+    def test_sums_leave_out_what_is_not_there(self) -> None:
+        sums = memory.bytes_by_group([("model.norm.weight", 8), ("model.embed_tokens.weight", 5)])
+
+        assert sums == {"embedding": 5, "norms": 8}
+
+
+class TestActivations:
+    # Batch 2, 10 tokens, capacity 20, float16: 20 rows.
+    # residual 20*8*2 = 320; attention 20*(8 + 2*16 + 2*8)*2 = 2240 and scores 20*4*20*4 = 6400;
+    # feed-forward 20*(8 + 3*16)*2 = 2240; head 2*100*4 = 800.
+    def test_long_attention_is_the_peak(self) -> None:
+        assert peak(SMALL, tokens=10, max_seq_len=20) == 320 + 2240 + 6400
+
+    def test_wide_feed_forward_is_the_peak(self) -> None:
+        # One token: residual 32; attention 224 + scores 2*4*1*4 = 32; feed-forward 2*(8+3*1024)*2.
+        wide = GemmaConfig.from_dict(SMALL.to_dict() | {"intermediate_size": 1024})
+
+        assert peak(wide, tokens=1, max_seq_len=1) == 32 + 2 * (8 + 3 * 1024) * 2
+
+    def test_the_head_is_the_peak_of_one_token(self) -> None:
+        assert peak(SMALL, tokens=1, max_seq_len=1) == 32 + 800
+
+
+class TestEstimate:
+    def test_gemma_2b_at_8192_tokens(self) -> None:
+        # KV cache by hand: 2 (key, value) * 18 layers * 1 head * 256 * 2 bytes * 8192 tokens.
+        result = memory.estimate(
+            GEMMA_2B,
+            Precision.of("float16"),
+            stored_bytes=5_012_344_832,
+            batch_size=1,
+            max_seq_len=8192,
+            prefill_tokens=512,
+        )
+
+        assert result.kv_cache_bytes == 150_994_944
+        assert result.weights_bytes == 5_012_344_832
+        assert result.total_bytes == 5_012_344_832 + 150_994_944 + result.activation_bytes
+
+    def test_a_short_cache_needs_no_long_chunk(self) -> None:
+        result = memory.estimate(
+            SMALL,
+            Precision.of("float32"),
+            stored_bytes=0,
+            batch_size=1,
+            max_seq_len=16,
+            prefill_tokens=512,
+        )
+
+        assert result.prefill_tokens == 16
+
+
+def peak(config: GemmaConfig, *, tokens: int, max_seq_len: int) -> int:
+    return memory.activation_bytes(
+        config, "float16", batch_size=2, tokens=tokens, max_seq_len=max_seq_len
+    )
