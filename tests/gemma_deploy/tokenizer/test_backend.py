@@ -1,0 +1,65 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_deploy.errors import TokenizerError
+from gemma_deploy.tokenizer.backend import read_backend
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="is not a folder"):
+        read_backend(tmp_path / "none")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json\. Download it"):
+        read_backend(tmp_path)
+
+
+def test_sentencepiece_only(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer\.model .* Convert it once, .*save_pretrai"
+    ):
+        read_backend(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"model": ', "{}", '{"model": {"type": "BPE"}}', "[]"])
+def test_broken_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        read_backend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "model is WordL"),
+        ({"normalizer": {"type": "NFKC"}}, "its normalizer is .*NFKC"),
+        ({"normalizer": {"type": "Prepend", "prepend": "▁"}}, "its normalizer is .*Prepend"),
+        ({"decoder": None}, r"its decoder is \[\]"),
+        (
+            {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0}},
+            "its decoder is .*Strip",
+        ),
+    ],
+)
+def test_other_families(write_folder: Any, spec: dict[str, Any], problem: str) -> None:
+    folder = write_folder({"added_tokens": [], **spec} if "model" in spec else spec)
+    with pytest.raises(TokenizerError, match=f"is not a Gemma tokenizer: .*{problem}"):
+        read_backend(folder)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        None,
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
+        },
+    ],
+)
+def test_variants_of_the_layout(write_folder: Any, normalizer: Any) -> None:
+    assert read_backend(write_folder({"normalizer": normalizer})).get_vocab_size() == 1200

@@ -1,0 +1,152 @@
+import re
+from collections import UserDict
+from typing import Any
+
+import pytest
+
+from gemma_deploy.errors import TokenizerError
+from gemma_deploy.tokenizer import GemmaTokenizer
+from gemma_deploy.tokenizer.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
+
+USER = {"role": "user", "content": " What is\n a  llama? "}
+MODEL = {"role": "assistant", "content": "An animal.\n\n"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+PARTS = {
+    "role": "user",
+    "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}],
+}
+
+# Exercises whitespace control, the filters and the globals that checkpoints' templates use.
+BUSY_TEMPLATE = """\
+{{ bos_token }}
+{% for message in messages %}
+    {% if message['role'] == 'assistant' %}
+        {% generation %}{{ message.content | trim }}{{ eos_token }}{% endgeneration %}
+    {% else %}
+{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
+    {% endif %}
+    {% if loop.index > 6 %}{% break %}{% endif %}
+{% endfor %}
+{% set ns = namespace(count=messages | length) %}
+{{ {'<a>': "é", 'n': ns.count} | tojson(indent=2) }}
+{%- if tools %}tools{% endif %}
+{{ strftime_now('%Y') }}
+{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+
+def test_default_is_gemmas_turns(tokenizer: GemmaTokenizer) -> None:
+    assert tokenizer.apply_chat_template([USER]) == (
+        "<bos><start_of_turn>user\nWhat is\n a  llama?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert tokenizer.apply_chat_template([USER, MODEL], add_generation_prompt=False) == (
+        "<bos><start_of_turn>user\nWhat is\n a  llama?<end_of_turn>\n"
+        "<start_of_turn>model\nAn animal.<end_of_turn>\n"
+    )
+
+
+def test_default_puts_the_system_message_before_the_first_user_turn(
+    tokenizer: GemmaTokenizer,
+) -> None:
+    assert tokenizer.apply_chat_template([SYSTEM, USER, MODEL, PARTS]) == (
+        "<bos><start_of_turn>user\nBe brief.\n\nWhat is\n a  llama?<end_of_turn>\n"
+        "<start_of_turn>model\nAn animal.<end_of_turn>\n"
+        "<start_of_turn>user\nab<end_of_turn>\n<start_of_turn>model\n"
+    )
+
+
+def test_role_model_is_assistant(tokenizer: GemmaTokenizer) -> None:
+    theirs = {**MODEL, "role": "model"}
+    assert tokenizer.apply_chat_template([USER, theirs, USER]) == tokenizer.apply_chat_template(
+        [USER, MODEL, USER]
+    )
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, BUSY_TEMPLATE])
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("messages", [[USER], [USER, MODEL, USER], [USER, MODEL] * 5])
+def test_renders_and_encodes_as_transformers(
+    write_folder: Any, oracle: Any, template: str, prompt: bool, messages: Any
+) -> None:
+    ours = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    expected = {
+        tokenize: oracle.apply_chat_template(
+            messages,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            tokenize=tokenize,
+            return_dict=False,
+        )
+        for tokenize in (True, False)
+    }
+    assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected[False]
+    assert ours.encode_chat(messages, add_generation_prompt=prompt) == expected[True]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([USER, USER], 'must alternate .* but message 2 is from "user"'),
+        ([MODEL], 'must alternate .* but message 1 is from "assistant"'),
+        ([SYSTEM, MODEL], 'must alternate .* but message 2 is from "assistant"'),
+        ([USER, SYSTEM], 'must alternate .* but message 2 is from "system"'),
+        ([SYSTEM], "a system message needs a user message"),
+        ([{"role": "user", "content": [{"type": "image"}]}], 'part of type "image"; only text'),
+    ],
+)
+def test_default_refuses(tokenizer: GemmaTokenizer, messages: Any, message: str) -> None:
+    with pytest.raises(TokenizerError, match=f"Gemma's chat template cannot .*{message}"):
+        tokenizer.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "There are no messages; expected at least one"),
+        ("hi", "messages is a str; expected a list"),
+        (USER, "messages is a dict; expected a list"),
+        (["hi"], "Message 1 is 'hi'; expected an object"),
+        ([USER, {"role": "user"}], 'Message 2 is .*; expected an object with "role" and "content"'),
+        ([{"role": "robot", "content": ""}], "Message 1 has the role 'robot'; expected one of"),
+        ([{"role": ["user"], "content": ""}], r"Message 1 has the role \['user'\]"),
+        ([{"role": "user", "content": None}], "Message 1 has a content of type NoneType"),
+        ([{"role": "user", "content": ["hi"]}], "Message 1 has a content of type list"),
+        ([{**USER, "image": object()}], "Message 1 holds a object; expected only what JSON has"),
+    ],
+)
+def test_malformed_messages(tokenizer: GemmaTokenizer, messages: Any, message: str) -> None:
+    for method in (tokenizer.apply_chat_template, tokenizer.encode_chat):
+        with pytest.raises(TokenizerError, match=message):
+            method(messages)
+
+
+def test_messages_may_be_any_mapping(tokenizer: GemmaTokenizer) -> None:
+    messages = (UserDict(USER),)
+    assert tokenizer.encode_chat(messages) == tokenizer.encode_chat([USER])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% if %}", "Expected an expression"),
+        ("{{ raise_exception('no ' + messages[0].role) }}", "no user"),
+        ("{{ messages[7].content }}", "has no element 7"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' + 1 }}", "can only concatenate"),
+        ("{{ messages.append(1) }}", "is unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+    ],
+)
+def test_template_that_fails(template: str, reason: str) -> None:
+    with pytest.raises(
+        TokenizerError, match=re.compile(f"checkpoint's chat .*{reason}", re.DOTALL)
+    ):
+        ChatTemplate(template, {}).render([USER], add_generation_prompt=True)
+
+
+def test_base_vocabulary_has_no_turns() -> None:
+    with pytest.raises(
+        TokenizerError, match=r"no <start_of_turn> and no <end_of_turn>, .* plain pr"
+    ):
+        GemmaTokenizer().encode_chat([USER])
