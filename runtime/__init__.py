@@ -1,1 +1,1 @@
-""""""
+"""From a bundle or a checkpoint to text."""

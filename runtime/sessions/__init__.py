@@ -1,1 +1,1 @@
-""""""
+"""One way to run a model per module, behind one protocol."""

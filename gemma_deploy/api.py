@@ -1,0 +1,121 @@
+"""The library's front door: `export`, `load`, `pipeline`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_deploy.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gemma_deploy.bundle import Bundle
+    from gemma_deploy.graph_spec import DType
+    from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+    from gemma_deploy.runtime.text_generator import TextGenerator
+
+TASK = "text-generation"
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: DType | None = None,
+    force: bool = False,
+    on_progress: Callable[[str, int, int], object] = lambda *_: None,
+) -> Bundle:
+    """Turn a Gemma checkpoint into a bundle that runs without torch.
+
+    Args:
+        checkpoint: Folder in Hugging Face layout.
+        output: The bundle folder to create; it appears whole or not at all.
+        dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own.
+        force: Whether an existing bundle at `output` may be replaced.
+        on_progress: Called with what is being done, how much is done and how much there is.
+
+    Raises:
+        CheckpointError: Weights missing, truncated, of the wrong shape or dtype.
+        ConfigError: Another model family.
+        OutputExistsError: `output` exists and `force` is False.
+        ExportError: `output` cannot be written, or the export failed.
+    """
+    from gemma_deploy.exporters.export import export_checkpoint
+
+    return export_checkpoint(
+        Path(checkpoint), Path(output), dtype=dtype, force=force, on_progress=on_progress
+    )
+
+
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    device: str = "auto",
+    max_seq_len: int | None = None,
+    threads: int | None = None,
+) -> TextGenerator:
+    """Load a model to generate with; use it as a context manager.
+
+    A bundle runs on ONNX Runtime and imports no torch; a checkpoint runs on the eager torch model.
+
+    Args:
+        path: A bundle folder, as `export` writes it, or a checkpoint folder.
+        backend: `auto`, `onnxruntime` (bundles) or `torch` (checkpoints).
+        device: `auto` (CUDA where it works), `cpu`, `cuda` or `cuda:N`.
+        max_seq_len: Capacity of the KV cache in tokens, allocated once; None for what each call
+            needs, up to what the model is made for.
+        threads: Threads of the CPU kernels; None for one per core.
+
+    Returns:
+        A `TextGenerator` with `generate`, `stream` and `chat`.
+
+    Raises:
+        RequestError: `path` is no model folder, or an option is out of range.
+        BundleError: The bundle is damaged, or newer than this gemma-deploy.
+        CheckpointError: The checkpoint is damaged.
+        BackendUnavailableError: The backend's package or the device is not here.
+        SessionError: The backend failed to load the model.
+    """
+    from gemma_deploy.runtime.source import ModelSource
+    from gemma_deploy.runtime.text_generator import TextGenerator
+
+    return TextGenerator.open(
+        ModelSource.open(Path(path)),
+        backend=backend,
+        device=device,
+        max_seq_len=max_seq_len,
+        threads=threads,
+    )
+
+
+def pipeline(
+    task: str = TASK,
+    model: str | Path | TextGenerator | None = None,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    **defaults: Any,
+) -> TextGenerationPipeline:
+    """Return a pipeline that behaves as transformers' of the same task.
+
+    Args:
+        task: Only `text-generation`.
+        model: A bundle or checkpoint folder, or what `load` returned.
+        backend: As for `load`.
+        device: As for `load`.
+        **defaults: Keyword arguments for every call, such as `max_new_tokens`.
+
+    Raises:
+        RequestError: Another task, no model, or an unknown keyword argument; and as `load`.
+    """
+    from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+    from gemma_deploy.runtime.text_generator import TextGenerator
+
+    if task != TASK:
+        raise RequestError(f"task is {task!r}; gemma-deploy has only {TASK!r}")
+    if model is None:
+        raise RequestError("model is missing: give the folder of a bundle or of a checkpoint")
+    if isinstance(model, TextGenerator):
+        return TextGenerationPipeline(model, **defaults)
+    return TextGenerationPipeline(load(model, backend=backend, device=device), **defaults)

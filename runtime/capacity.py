@@ -1,0 +1,74 @@
+"""Whether prompts can be served, and how long a KV cache they need."""
+
+from collections.abc import Sequence
+
+from gemma_deploy.errors import PromptTooLongError, RequestError
+
+_GRANULARITY_TOKENS = 256
+
+
+def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuse a prompt without tokens, or with a token the embedding does not have.
+
+    Tokenizers may know more tokens than the embedding (Gemma 3 1B's does), so the ids actually used
+    are checked.
+
+    Raises:
+        RequestError: With the number of the prompt, from 0.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise RequestError(f"prompt {number} is empty: give at least one token")
+        for token_id in (min(prompt), max(prompt)):
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"prompt {number} holds token id {token_id}; the model's embedding has the ids "
+                    f"0 to {vocab_size - 1}: leave that token out, or use the tokenizer that "
+                    "belongs to the model"
+                )
+
+
+def cache_capacity(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, *, max_seq_len: int | None, limit: int
+) -> int:
+    """Return how many tokens a row of the KV cache must hold.
+
+    Args:
+        prompts: Token ids.
+        max_new_tokens: Most tokens to generate; where they do not fit, generation ends with the
+            cache.
+        max_seq_len: The capacity the user wants; None for what the prompts need.
+        limit: Longest sequence the model is made for.
+
+    Raises:
+        PromptTooLongError: A prompt does not fit.
+    """
+    capacity = limit if max_seq_len is None else max_seq_len
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > capacity:
+            remedy = (
+                "shorten it; the model is not made for longer sequences"
+                if capacity >= limit
+                else f"shorten it, or choose a larger max_seq_len (up to {limit:,})"
+            )
+            raise PromptTooLongError(
+                f"prompt {number} has {len(prompt):,} tokens, the KV cache holds {capacity:,}: {remedy}"
+            )
+    if max_seq_len is not None:
+        return max_seq_len
+    needed = max(len(prompt) for prompt in prompts) + max_new_tokens
+    rounded = -(-needed // _GRANULARITY_TOKENS) * _GRANULARITY_TOKENS
+    return min(rounded, limit)
+
+
+def check_max_seq_len(max_seq_len: int | None, limit: int) -> None:
+    """Refuse a capacity below one token or beyond what the model is made for.
+
+    Raises:
+        RequestError: Stating the limit.
+    """
+    if max_seq_len is not None and not 1 <= max_seq_len <= limit:
+        raise RequestError(
+            f"max_seq_len is {max_seq_len:,}; this model is made for 1 to {limit:,} tokens "
+            "(max_position_embeddings in its config)"
+        )

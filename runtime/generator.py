@@ -1,0 +1,196 @@
+"""Prefill and the decode loop over one batch of prompts, above every backend."""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from gemma_deploy.errors import NonFiniteLogitsError
+from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.rows import Row
+from gemma_deploy.runtime.sampling import RepetitionPenalty, sampling_method
+from gemma_deploy.runtime.sessions.session import Array, KVCache, Session
+
+PREFILL_CHUNK_TOKENS = 512
+
+
+def never() -> bool:
+    """Return False: what cancels a generation that nothing cancels."""
+    return False
+
+
+class BatchGeneration:
+    """The state of one batch between its prompts and its last token.
+
+    Each row depends on nothing but its own prompt, options and number: a row of a batch gets the text
+    it would get alone, up to the rounding of the backend's kernels.
+
+    Attributes:
+        rows: One for each prompt, in their order.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        cache: KVCache,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        stop_token_ids: Collection[int] = (),
+        first_row: int = 0,
+        prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    ) -> None:
+        """Prepare a batch; nothing runs yet.
+
+        Args:
+            session: What runs the steps.
+            cache: Of as many rows as there are prompts, each long enough for its prompt; its
+                contents are overwritten.
+            prompts: B lists of token ids, none empty, each id below V.
+            options: How to choose tokens and when to stop.
+            stop_token_ids: Tokens that end a row.
+            first_row: Number of the first row among all rows of the call; with the seed it decides
+                the random numbers.
+            prefill_chunk: Most tokens of a row in one step, which bounds the activations' memory.
+        """
+        self._session = session
+        self._cache = cache
+        self._max_new_tokens = options.max_new_tokens
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._prefill_chunk = prefill_chunk
+        self._method = sampling_method(options)
+        has_penalty = options.repetition_penalty != 1
+        self._penalty = RepetitionPenalty(options.repetition_penalty) if has_penalty else None
+        seed = secrets.randbits(64) if options.seed is None else options.seed
+        self.rows = [
+            Row(
+                prompt,
+                min(cache.max_seq_len + 1, len(prompt) + options.max_new_tokens),
+                np.random.default_rng([seed, number]),
+            )
+            for number, prompt in enumerate(prompts, start=first_row)
+        ]
+
+    def steps(self, is_cancelled: Callable[[], bool] = never) -> Iterator[list[int]]:
+        """Run the batch; after each step yield the indexes of the rows that got a token.
+
+        However it ends (to the end, `is_cancelled` returning True, Ctrl-C, the iterator closed), every
+        row then has a finish reason and keeps the tokens it got.
+
+        Args:
+            is_cancelled: Asked before each step.
+
+        Raises:
+            NonFiniteLogitsError: The model put out NaN or infinity.
+            SessionError: The backend failed.
+        """
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                yield from self._steps(is_cancelled)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End every row that has not ended."""
+        for row in self.rows:
+            row.finish("cancelled")
+
+    def _steps(self, is_cancelled: Callable[[], bool]) -> Iterator[list[int]]:
+        run: Callable[[], Array | None] = partial(self._prefill, is_cancelled)
+        while (active := self._active()) and not is_cancelled():
+            logits = run()
+            if logits is None:
+                return
+            self._append(active, logits)
+            yield active
+            run = self._decode
+
+    def _active(self) -> list[int]:
+        return [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+
+    def _prefill(self, is_cancelled: Callable[[], bool]) -> Array | None:
+        """Run the prompts; return each row's logits [B, V] at its last token, None if cancelled."""
+        longest = max(row.prompt_length for row in self.rows)
+        if longest > self._prefill_chunk:
+            return self._prefill_in_chunks(is_cancelled)
+        input_ids = np.zeros((len(self.rows), longest), np.int64)
+        for index, row in enumerate(self.rows):
+            input_ids[index, : row.prompt_length] = row.sequence
+            row.num_cached = row.prompt_length
+        last = np.array([[row.prompt_length - 1] for row in self.rows], np.int64)
+        start = np.zeros(len(self.rows), np.int64)
+        return self._session.step(input_ids, start, last, self._cache)[:, 0, :]
+
+    def _prefill_in_chunks(self, is_cancelled: Callable[[], bool]) -> Array | None:
+        """Run each row by itself, one chunk after the other."""
+        xp = self._session.xp
+        last_logits = []
+        for index, row in enumerate(self.rows):
+            cache = self._cache.rows(index, index + 1)
+            while row.num_cached < row.prompt_length:
+                if is_cancelled():
+                    return None
+                chunk = row.sequence[None, row.num_cached :][:, : self._prefill_chunk]
+                start = np.array([row.num_cached], np.int64)
+                last = np.array([[chunk.shape[1] - 1]], np.int64)
+                logits = self._session.step(chunk, start, last, cache)[:, 0, :]
+                row.num_cached += chunk.shape[1]
+                if row.num_cached == row.prompt_length:
+                    # The session's next step writes into the same memory.
+                    last_logits.append(xp.asarray(logits, copy=True))
+        return xp.concat(last_logits, axis=0)
+
+    def _decode(self) -> Array:
+        """Run one token of each row; return the logits [B, V].
+
+        A row that has ended stays in the batch as a first token of nothing, which costs the least.
+        """
+        going_on = [row.finish_reason is None for row in self.rows]
+        tokens = [row.last_token if go else 0 for row, go in zip(self.rows, going_on, strict=True)]
+        starts = [row.num_cached if go else 0 for row, go in zip(self.rows, going_on, strict=True)]
+        logits = self._session.step(
+            np.array(tokens, np.int64)[:, None],
+            np.array(starts, np.int64),
+            np.zeros((len(self.rows), 1), np.int64),
+            self._cache,
+        )
+        for row in self.rows:
+            row.num_cached += 1
+        return logits[:, 0, :]
+
+    def _append(self, active: list[int], logits: Array) -> None:
+        """Choose a token for each active row from logits [B, V], and end rows that are done."""
+        xp = self._session.xp
+        rows = [self.rows[index] for index in active]
+        if len(active) < len(self.rows):
+            logits = xp.stack([logits[index, :] for index in active])
+        self._check_finite(logits, rows)
+        if self._penalty is not None:
+            logits = self._penalty(logits, [row.sequence for row in rows])
+        uniforms = [row.random.random() for row in rows]
+        for row, token_id in zip(rows, self._method(logits, uniforms), strict=True):
+            row.append(token_id)
+            if token_id in self._stop_token_ids:
+                row.finish("stop")
+            elif (
+                row.num_new_tokens == self._max_new_tokens
+                or row.num_cached == self._cache.max_seq_len
+            ):
+                row.finish("length")
+
+    def _check_finite(self, logits: Array, rows: list[Row]) -> None:
+        xp = self._session.xp
+        # NaN passes through both extremes: two passes without a temporary array.
+        extremes = xp.stack([xp.min(logits, axis=-1), xp.max(logits, axis=-1)], axis=-1)
+        is_finite = xp.all(xp.isfinite(extremes), axis=-1)
+        if bool(xp.all(is_finite)):
+            return
+        row = rows[[bool(ok) for ok in is_finite].index(False)]
+        raise NonFiniteLogitsError(
+            f"the model put out NaN or infinity for new token {row.num_new_tokens + 1} (after "
+            f"{len(row.sequence)} tokens of sequence): no token can be chosen. A float16 model most "
+            "likely overflowed: export it with --dtype bfloat16 or float32. Otherwise check the "
+            "weights with `gemma-deploy verify`"
+        )

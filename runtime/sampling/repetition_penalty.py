@@ -1,0 +1,36 @@
+"""The repetition penalty, on the logits of a whole batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import array_namespace, device
+
+from gemma_deploy.runtime.sampling.candidates import Array
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionPenalty:
+    """Makes tokens that are already in a row's sequence less likely, or likelier below 1.
+
+    A positive logit is divided by `value`, a negative one multiplied (CTRL,
+    https://arxiv.org/abs/1909.05858), once however often the token occurs.
+    """
+
+    value: float
+
+    def __call__(self, logits: Array, histories: Sequence[npt.NDArray[np.int64]]) -> Array:
+        """Return the penalized logits [B, V] float32 in new memory.
+
+        Args:
+            logits: float32 [B, V].
+            histories: Per row, the token ids [n] of its prompt and of what was generated.
+        """
+        xp = array_namespace(logits)
+        penalized = xp.asarray(logits, copy=True)
+        for row, history in enumerate(histories):
+            seen = xp.asarray(history, device=device(logits))
+            values = xp.take(logits[row, :], seen, axis=0)
+            penalized[row, seen] = xp.where(values < 0, values * self.value, values / self.value)
+        return penalized

@@ -1,0 +1,165 @@
+"""A checkpoint on the eager torch model: the oracle of every other backend, and the baseline."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import array_api_compat.torch as array_api_torch
+import torch
+
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import BackendUnavailableError, SessionError
+from gemma_deploy.graph_spec import DType
+from gemma_deploy.model.heads import GemmaForCausalLM
+from gemma_deploy.model.kv_cache import StaticCache
+from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.sessions.session import Int64Array, KVCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TorchCache:
+    """A `StaticCache`, and rows of one.
+
+    Attributes:
+        static: The model's own cache.
+    """
+
+    static: StaticCache
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.static.keys[0].shape[0]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that fit a row."""
+        return self.static.max_seq_len
+
+    def rows(self, start: int, stop: int) -> "TorchCache":
+        """Return rows start, ..., stop - 1, in the same memory."""
+        part = copy.copy(self.static)
+        part.keys = [key[start:stop] for key in self.static.keys]
+        part.values = [value[start:stop] for value in self.static.values]
+        return TorchCache(part)
+
+
+class TorchSession:
+    """Runs `GemmaForCausalLM` over a `StaticCache`.
+
+    On CUDA it has not run on hardware yet.
+
+    Attributes:
+        config: The model.
+        xp: torch; logits are on the model's device.
+        device: What the model runs on, `cpu` or `cuda`.
+    """
+
+    xp = array_api_torch
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        device: Device | None = None,
+        threads: int | None = None,
+        dtype: DType | None = None,
+    ) -> None:
+        """Load the checkpoint.
+
+        Args:
+            checkpoint: Folder in Hugging Face layout.
+            device: Where to run; None is `auto`.
+            threads: Threads of torch's CPU kernels, for the whole process; None leaves them.
+            dtype: Of weights, activations and cache; None for the checkpoint's own.
+
+        Raises:
+            BackendUnavailableError: CUDA was asked for and does not work here.
+            CheckpointError: The weights cannot be read.
+            ConfigError: The config cannot be read.
+        """
+        self.device = _resolve(device or Device(kind="auto"))
+        self._torch_device = torch.device(self.device.kind, self.device.index)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._model: GemmaForCausalLM | None = GemmaForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            device=self._torch_device,
+        )
+        self.config: GemmaConfig = self._model.config
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> TorchCache:
+        """Allocate a cache on the session's device; see `Session.new_cache`."""
+        try:
+            static = StaticCache(
+                self.config,
+                batch_size,
+                max_seq_len,
+                dtype=self._loaded().model.embed_tokens.weight.dtype,
+                device=self._torch_device,
+            )
+        except RuntimeError as err:  # what torch raises for want of memory, on every device
+            raise SessionError(
+                f"torch cannot allocate a KV cache of {batch_size} rows of {max_seq_len:,} tokens "
+                f"on {self._torch_device}: {err}. Use a smaller max_seq_len or batch size"
+            ) from err
+        return TorchCache(static)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        input_ids: Int64Array,
+        input_pos: Int64Array,
+        logits_index: Int64Array,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Run S tokens of each row; see `Session.step`."""
+        if not isinstance(cache, TorchCache):
+            raise SessionError(
+                f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
+            )
+        model = self._loaded()
+        positions = input_pos[:, None] + range(input_ids.shape[1])
+        try:
+            hidden = model.model(
+                torch.from_numpy(input_ids).to(self._torch_device),
+                past_key_values=cache.static,
+                cache_position=torch.from_numpy(positions).to(self._torch_device),
+            ).last_hidden_state
+            index = torch.from_numpy(logits_index).to(self._torch_device)[..., None]
+            return model.logits(hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
+        except RuntimeError as err:
+            raise SessionError(
+                f"torch failed on {self._torch_device} with {input_ids.shape[0]} rows of "
+                f"{input_ids.shape[1]} tokens: {err}"
+            ) from err
+
+    def close(self) -> None:
+        """Free the model; the session cannot be used afterwards."""
+        self._model = None
+
+    def _loaded(self) -> GemmaForCausalLM:
+        if self._model is None:
+            raise SessionError("the session is closed: load the model again")
+        return self._model
+
+
+def _resolve(device: Device) -> Device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.kind == "cpu" or (device.kind == "auto" and not count):
+        return Device(kind="cpu")
+    if device.index >= count:
+        raise BackendUnavailableError(
+            f"cuda:{device.index} is not available to torch {torch.__version__}: {count} CUDA "
+            "device(s) found. Install a torch build for your driver's CUDA "
+            "(https://pytorch.org/get-started), or use the device cpu"
+        )
+    return Device(kind="cuda", index=device.index)

@@ -1,0 +1,94 @@
+"""Where a model comes from: a bundle folder or a checkpoint folder, told apart and opened."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.bundle import GENERATION_FILE, MANIFEST_FILE, Bundle
+from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from gemma_deploy.errors import CheckpointError, RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A folder with a model.
+
+    Attributes:
+        folder: The folder.
+        bundle: The opened bundle; None for a checkpoint.
+        config: The model.
+        generation_config: Contents of generation_config.json; empty without one.
+        max_seq_len: Longest sequence the model is made for, in tokens.
+    """
+
+    folder: Path
+    bundle: Bundle | None
+    config: GemmaConfig
+    generation_config: Mapping[str, Any]
+    max_seq_len: int
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelSource":
+        """Open a bundle (it has a manifest.json) or a checkpoint (it has a config.json).
+
+        Raises:
+            RequestError: The path is neither.
+            BundleError: The bundle is damaged.
+            ConfigError: The checkpoint's config is not a Gemma's.
+            CheckpointError: generation_config.json cannot be read.
+        """
+        if (path / MANIFEST_FILE).is_file():
+            bundle = Bundle.open(path)
+            return cls(
+                folder=path,
+                bundle=bundle,
+                config=bundle.config,
+                generation_config=bundle.generation_config(),
+                max_seq_len=bundle.manifest.max_seq_len,
+            )
+        if not (path / CONFIG_FILE).is_file():
+            raise RequestError(_explain_missing(path))
+        config = GemmaConfig.from_file(path)
+        return cls(
+            folder=path,
+            bundle=None,
+            config=config,
+            generation_config=_generation_config(path / GENERATION_FILE),
+            max_seq_len=config.max_position_embeddings,
+        )
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a text, by config.json and generation_config.json together."""
+        stated = self.generation_config.get("eos_token_id")
+        listed = stated if isinstance(stated, list) else [stated]
+        return frozenset(self.config.eos_token_ids) | {i for i in listed if isinstance(i, int)}
+
+
+def _explain_missing(path: Path) -> str:
+    if path.exists():
+        return (
+            f"{path} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no {CONFIG_FILE}): "
+            "give the folder that `gemma-deploy export` wrote"
+        )
+    hint = ""
+    if len(path.parts) == 2 and not path.is_absolute():
+        hint = (
+            ". If it is the id of a model on the hub, export it first: "
+            f"`gemma-deploy export {path.as_posix()} --output BUNDLE`"
+        )
+    return f"{path} does not exist; expected the folder of a bundle or of a checkpoint{hint}"
+
+
+def _generation_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds {type(raw).__name__}, expected a JSON object")
+    return raw
