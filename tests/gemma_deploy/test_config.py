@@ -1,0 +1,312 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from gemma_deploy.config import GemmaConfig, LayerType, RopeParameters
+from gemma_deploy.errors import ConfigError
+
+FULL: LayerType = "full_attention"
+SLIDING: LayerType = "sliding_attention"
+TRANSFORMERS_CLASSES = {
+    "gemma": "GemmaConfig",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+}
+SHARED_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "tie_word_embeddings",
+    "attention_bias",
+    "attention_dropout",
+]
+LATER_FIELDS = [
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+]
+
+# config.json as the hub has them, less what concerns no model (architectures, versions).
+GEMMA_2B: dict[str, Any] = {
+    "model_type": "gemma",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+GEMMA_2_2B: dict[str, Any] = {
+    "model_type": "gemma2",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 107],
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "initializer_range": 0.02,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+GEMMA_3_1B: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+GEMMA_3_4B: dict[str, Any] = {
+    "model_type": "gemma3",
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+}
+
+
+def eos_ids(value: int | list[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def assert_equals_transformers(config: GemmaConfig, theirs: Any) -> None:
+    for name in SHARED_FIELDS:
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.eos_token_ids == eos_ids(theirs.eos_token_id)
+    if config.model_type == "gemma":
+        assert config.layer_types == (FULL,) * theirs.num_hidden_layers
+        assert config.query_pre_attn_scalar == theirs.head_dim
+    else:
+        for name in LATER_FIELDS:
+            assert getattr(config, name) == getattr(theirs, name), name
+        assert list(config.layer_types) == theirs.layer_types
+    for layer_type, ours in config.rope_parameters.items():
+        rope = theirs.rope_parameters
+        rope = rope[layer_type] if config.model_type == "gemma3_text" else rope
+        assert ours.rope_type == rope["rope_type"]
+        assert ours.rope_theta == rope["rope_theta"]
+        assert ours.factor == rope.get("factor", 1.0)
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS_CLASSES)
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    theirs = getattr(transformers, TRANSFORMERS_CLASSES[model_type])()
+    assert_equals_transformers(GemmaConfig.from_dict({"model_type": model_type}), theirs)
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS_CLASSES)
+def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None:
+    theirs = getattr(transformers, TRANSFORMERS_CLASSES[model_type])(num_hidden_layers=7)
+    theirs.save_pretrained(tmp_path)
+    assert_equals_transformers(GemmaConfig.from_file(tmp_path), theirs)
+
+
+@pytest.mark.parametrize(
+    "raw", [GEMMA_2B, GEMMA_2_2B, GEMMA_3_1B], ids=["gemma-2b", "gemma-2-2b", "gemma-3-1b"]
+)
+def test_reads_real_configs_as_transformers_does(raw: dict[str, Any]) -> None:
+    config_class = getattr(transformers, TRANSFORMERS_CLASSES[raw["model_type"]])
+    config = GemmaConfig.from_dict(raw)
+    assert_equals_transformers(config, config_class(**raw))
+    assert config.hidden_activation == "gelu_pytorch_tanh"
+    assert config.dtype == raw["torch_dtype"]
+
+
+def test_takes_the_text_model_of_a_multimodal_config() -> None:
+    config = GemmaConfig.from_dict(GEMMA_3_4B)
+    assert_equals_transformers(
+        config, transformers.Gemma3TextConfig(**GEMMA_3_4B["text_config"], eos_token_id=[1, 106])
+    )
+    assert config.model_type == "gemma3_text"
+    assert config.eos_token_ids == (1, 106)
+    assert config.dtype == "bfloat16"
+    assert config.rope_parameters == {
+        FULL: RopeParameters(rope_type="linear", rope_theta=1e6, factor=8.0),
+        SLIDING: RopeParameters(rope_theta=1e4),
+    }
+
+
+def test_knows_what_sets_generations_apart() -> None:
+    one, two, three = (GemmaConfig.from_dict(raw) for raw in (GEMMA_2B, GEMMA_2_2B, GEMMA_3_1B))
+    assert [c.has_post_norms for c in (one, two, three)] == [False, True, True]
+    assert [c.has_qk_norm for c in (one, two, three)] == [False, False, True]
+    assert [c.window_of(0) for c in (one, two, three)] == [None, 4096, 512]
+    assert [two.window_of(i) for i in (1, 2, 3)] == [None, 4096, None]
+    assert [i for i in range(26) if three.window_of(i) is None] == [5, 11, 17, 23]
+    assert one.attention_scale == 1 / 16
+
+
+def test_scale_comes_from_query_pre_attn_scalar() -> None:
+    config = GemmaConfig.from_dict(GEMMA_2_2B | {"query_pre_attn_scalar": 144})
+    assert config.attention_scale == 1 / 12
+
+
+def test_local_layers_take_their_own_base() -> None:
+    config = GemmaConfig.from_dict(GEMMA_3_1B | {"rope_local_base_freq": 5000.0})
+    assert config.rope_parameters[SLIDING].rope_theta == 5000.0
+    assert config.rope_parameters[FULL].rope_theta == 1e6
+
+
+def test_pattern_decides_layers_unless_they_are_named() -> None:
+    patterned = GemmaConfig.from_dict(
+        GEMMA_3_1B | {"num_hidden_layers": 4, "sliding_window_pattern": 2}
+    )
+    assert patterned.layer_types == (SLIDING, FULL, SLIDING, FULL)
+    named = GemmaConfig.from_dict(
+        GEMMA_3_1B | {"num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}
+    )
+    assert named.layer_types == (FULL, SLIDING)
+
+
+def test_an_explicit_null_overrides_a_default() -> None:
+    config = GemmaConfig.from_dict(
+        GEMMA_2_2B | {"attn_logit_softcapping": None, "pad_token_id": None, "eos_token_id": None}
+    )
+    assert config.attn_logit_softcapping is None
+    assert config.pad_token_id is None
+    assert config.eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        GEMMA_2B,
+        GEMMA_2_2B,
+        GEMMA_3_1B,
+        GEMMA_3_4B,
+        GEMMA_2B | {"attention_bias": True, "rope_theta": 5e4, "pad_token_id": None},
+        GEMMA_3_1B | {"use_bidirectional_attention": True, "attention_dropout": 0.1},
+        GEMMA_2_2B | {"final_logit_softcapping": None, "tie_word_embeddings": False},
+    ],
+)
+def test_to_dict_is_read_back_unchanged(raw: dict[str, Any]) -> None:
+    config = GemmaConfig.from_dict(raw)
+    assert GemmaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, r"model_type is 'llama'; gemma-deploy exports gemma, gemma2"),
+        ({"model_type": None}, "model_type is None"),
+        ({"model_type": "gemma3"}, "text_config is missing"),
+        ({"quantization_config": {"bits": 4}}, "already quantized"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be positive"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048', expected an integer"),
+        ({"head_dim": True}, "head_dim is True, expected an integer"),
+        ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected a number"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) is not a multiple"),
+        ({"head_dim": 255}, "head_dim is 255; rotary embedding needs an even number"),
+        ({"hidden_act": "silu"}, "hidden_activation is 'silu'"),
+        ({"attention_dropout": 1.0}, r"attention_dropout is 1.0; it must be in \[0, 1\)"),
+        ({"final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
+        ({"layer_types": [FULL]}, "layer_types names 1 layers, num_hidden_layers is 18"),
+        ({"layer_types": ["other"] * 18}, "layer_types holds 'other'"),
+        ({"layer_types": FULL}, "expected a list of layer types"),
+        ({"layer_types": [SLIDING] * 18}, "sliding_window is None, yet layer_types"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_theta": "big"}, "rope_theta is 'big', expected a number"),
+        ({"rope_theta": 0}, "must be positive"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id is '2', expected an integer"),
+        ({"bos_token_id": -2}, "bos_token_id holds -2; token ids start at 0"),
+    ],
+)
+def test_refuses_what_it_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GemmaConfig.from_dict(GEMMA_2B | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json not found: expected a folder in Hugging Face layout"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds list, expected a JSON object"),
+    ],
+)
+def test_refuses_files_that_are_no_config(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        GemmaConfig.from_file(tmp_path)
