@@ -88,6 +88,12 @@ class TinyCheckpoints(Protocol):
     def __call__(self, name: str, dtype: str = "float32") -> Path: ...
 
 
+class TinyBundles(Protocol):
+    """Exports a tiny checkpoint on first use; later calls return the same folder: do not change it."""
+
+    def __call__(self, name: str, dtype: str = "float32") -> Path: ...
+
+
 class Oracle(Protocol):
     """Loads a folder with transformers, in evaluation mode."""
 
@@ -108,6 +114,25 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints
         if (name, dtype) not in folders:
             folder = tmp_path_factory.mktemp(f"{name}-{dtype}")
             _write_tiny_checkpoint(TINY_MODELS[name], folder, dtype)
+            folders[name, dtype] = folder
+        return folders[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: TinyCheckpoints, tmp_path_factory: pytest.TempPathFactory
+) -> TinyBundles:
+    """Return `tiny_bundle(name, dtype="float32") -> folder`: tiny checkpoints, exported."""
+    folders: dict[tuple[str, str], Path] = {}
+
+    def get(name: str, dtype: str = "float32") -> Path:
+        from gemma_deploy.exporters.export import export_checkpoint
+
+        if (name, dtype) not in folders:
+            folder = tmp_path_factory.mktemp("bundles") / f"{name}-{dtype}"
+            export_checkpoint(tiny_checkpoint(name), folder, dtype=dtype)  # type: ignore[arg-type]  # tests name dtypes that exist
             folders[name, dtype] = folder
         return folders[name, dtype]
 
