@@ -1,0 +1,38 @@
+"""The wheel holds what the tree holds."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"exporters": "gemma_deploy/exporters", "runtime": "gemma_deploy/runtime"}
+
+
+def expected_files() -> set[str]:
+    """Return the wheel paths of every Python file of the three rooms."""
+    files = set()
+    for path in ROOT.glob("gemma_deploy/**/*"):
+        relative = path.relative_to(ROOT).as_posix()
+        is_linked = relative.split("/")[1] in ROOMS
+        if not is_linked and path.suffix in {".py", ""} and path.is_file():
+            files.add(relative)
+    files.add("gemma_deploy/py.typed")
+    for room, package in ROOMS.items():
+        for path in (ROOT / room).rglob("*.py"):
+            files.add(f"{package}/{path.relative_to(ROOT / room).as_posix()}")
+    return {file for file in files if "__pycache__" not in file}
+
+
+def test_wheel_equals_the_tree(tmp_path: Path) -> None:
+    # Of a copy: setuptools reuses what earlier builds left in the tree.
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "samples", "tests", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == expected_files()
