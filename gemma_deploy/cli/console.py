@@ -43,6 +43,18 @@ def format_bytes(size_bytes: int) -> str:
 
 
 @contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that something without a measure is under way."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+@contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """Give a callback `(stage, done, total)` that shows how far a long task is.
 

@@ -1,0 +1,131 @@
+"""`gemma-deploy export`: a checkpoint becomes a bundle."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+
+if TYPE_CHECKING:
+    from gemma_deploy.bundle import Bundle
+    from gemma_deploy.graph_spec import DType
+
+
+@click.command(
+    "export",
+    short_help="Turn a Gemma checkpoint into a bundle of ONNX graphs and weights.",
+    epilog="""\b
+Examples:
+  gemma-deploy export ~/models/gemma-2b --output gemma-2b
+  gemma-deploy export google/gemma-2b --output gemma-2b --fp16
+  gemma-deploy export google/gemma-3-1b-it --revision main --output gemma-3-1b --bf16
+
+A hub id needs `pip install "gemma-deploy[hub]"`; HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
+A folder of that name wins over the hub.
+""",
+)
+@click.argument("checkpoint")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="BUNDLE",
+    help="The folder to create. It appears whole or not at all.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="What to store the weights in. float32 and float16 compute in the same; bfloat16 computes "
+    "in float32, since a CPU has no bfloat16 products. [default: the checkpoint's own]",
+)
+@click.option("--fp32", is_flag=True, help="Short for --dtype float32.")
+@click.option("--fp16", is_flag=True, help="Short for --dtype float16.")
+@click.option("--bf16", is_flag=True, help="Short for --dtype bfloat16.")
+@click.option("--force", is_flag=True, help="Replace the bundle at BUNDLE if there is one.")
+@click.option(
+    "--revision",
+    metavar="REVISION",
+    help="Branch, tag or commit of a hub id. [default: its main branch]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with path and sizes.")
+def command(
+    *,
+    checkpoint: str,
+    output: Path,
+    dtype: "DType | None",
+    fp32: bool,
+    fp16: bool,
+    bf16: bool,
+    force: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Turn the Gemma checkpoint CHECKPOINT into the bundle BUNDLE.
+
+    CHECKPOINT is a folder in Hugging Face layout (config.json, *.safetensors, tokenizer files) or
+    the name of a model on the Hugging Face hub, of which only these files are downloaded. The
+    bundle holds two ONNX graphs, one weights file, the tokenizer and a manifest; it needs neither
+    the checkpoint nor torch to run.
+    """
+    wanted = _dtype({"float32": fp32, "float16": fp16, "bfloat16": bf16}, dtype)
+    from gemma_deploy import api
+    from gemma_deploy.bundle import MANIFEST_FILE
+    from gemma_deploy.errors import RequestError
+    from gemma_deploy.hub import resolve_checkpoint
+    from gemma_deploy.staging import check_replaceable
+
+    if (Path(checkpoint) / MANIFEST_FILE).is_file():
+        raise RequestError(
+            f"{checkpoint} is a bundle already; export takes a checkpoint. "
+            f"Run it: gemma-deploy generate {shlex.quote(checkpoint)} PROMPT"
+        )
+    # Before a download that may take an hour.
+    check_replaceable(output.absolute(), force=force, replaceable=MANIFEST_FILE)
+    started = time.perf_counter()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    folder = resolve_checkpoint(checkpoint, revision=revision)
+    with progress() as on_progress:
+        bundle = api.export(
+            folder,
+            output,
+            dtype=wanted,
+            force=force,
+            on_progress=on_progress,
+        )
+    notice(f"Exported in {time.perf_counter() - started:.1f} s.")
+    _report(bundle, as_json=as_json)
+
+
+def _dtype(flags: Mapping["DType", bool], dtype: "DType | None") -> "DType | None":
+    """Return the one dtype that was asked for, or None."""
+    wanted: set[DType] = {name for name, is_given in flags.items() if is_given}
+    if dtype is not None:
+        wanted.add(dtype)
+    if len(wanted) > 1:
+        raise click.UsageError(
+            f"{' and '.join(sorted(wanted))} contradict each other: give one dtype"
+        )
+    return next(iter(wanted), None)
+
+
+def _report(bundle: "Bundle", *, as_json: bool) -> None:
+    manifest = bundle.manifest
+    size_bytes = sum(record.size_bytes for record in manifest.files.values())
+    if as_json:
+        files = {name: record.size_bytes for name, record in manifest.files.items()}
+        emit_json({"path": str(bundle.folder), "size_bytes": size_bytes, "files": files})
+        return
+    path = shlex.quote(str(bundle.folder))
+    click.echo(
+        f"{bundle.folder}  {format_bytes(size_bytes)}, weights in {manifest.precision.weights}"
+    )
+    verb = 'generate {} "Once upon a time"' if manifest.tokenizer else "inspect {}"
+    click.echo(f"Next: gemma-deploy {verb.format(path)}")

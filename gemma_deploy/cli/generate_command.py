@@ -1,0 +1,194 @@
+"""`gemma-deploy generate`: prompts in, continuations out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gemma_deploy.cli.console import emit_json, notice, working
+from gemma_deploy.cli.interrupt import cancel_on_interrupt
+from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+from gemma_deploy.cli.options import generation_options, runtime_options, sampling_options
+from gemma_deploy.cli.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from gemma_deploy.runtime.request import GenerationOptions
+    from gemma_deploy.runtime.result import GenerationResult
+    from gemma_deploy.runtime.streaming import TextStream
+    from gemma_deploy.runtime.text_generator import TextGenerator
+
+    Output = TextStream | GenerationResult
+
+_HEADER_CHARACTERS = 72
+
+
+@click.command(
+    "generate",
+    short_help="Continue one prompt or many.",
+    epilog="""\b
+Examples:
+  gemma-deploy generate gemma-2b "The for statement is used to"
+  gemma-deploy generate gemma-2b-it --chat "Why is the sky blue?" --temperature 0.7 --seed 1
+  gemma-deploy generate gemma-2b --file prompts.txt --batch-size 4 --json > results.jsonl
+  git diff | gemma-deploy generate gemma-2b-it --chat --max-new-tokens 60
+  gemma-deploy generate CHECKPOINT --backend torch "The for statement is used to"
+
+Only the continuation is printed, not the prompt. Ctrl-C stops after the current token, keeps what
+was generated and exits with 130; a second Ctrl-C stops at once.
+""",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option(
+    "--file",
+    metavar="FILE",
+    help="Read prompts from FILE (UTF-8; - is stdin): one per line, empty lines skipped. A .jsonl "
+    'file holds {"prompt": "..."} in each line, for prompts of several lines.',
+)
+@sampling_options
+@click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
+@click.option("--system", metavar="TEXT", help="System prompt for --chat.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="ROWS",
+    help="Most prompts that run at a time; changes speed and memory, not the text. With --chat "
+    "prompts run one at a time.",
+)
+@runtime_options
+@click.option("--no-stream", is_flag=True, help="Print a single prompt's text when it is complete.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object per prompt and line: prompt, text, prompt_token_ids, token_ids, "
+    "finish_reason (stop, length or cancelled), timings (seconds, tokens per second).",
+)
+def command(
+    *,
+    bundle: Path,
+    prompts: tuple[str, ...],
+    file: str | None,
+    chat: bool,
+    system: str | None,
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    max_seq_len: int | None,
+    backend: str,
+    no_stream: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue each PROMPT with the model in the folder BUNDLE.
+
+    Prompts come as arguments, from --file, or from stdin, which is one prompt as a whole. A single
+    prompt's text is streamed while it is generated; several are printed under headers, in their
+    order.
+    """
+    if system is not None and not chat:
+        raise click.UsageError("--system is for chat templates: give --chat too")
+    options = generation_options(**sampling)
+    texts = read_prompts(prompts, file)
+    from gemma_deploy.api import load
+
+    with working(f"loading {bundle}"):
+        generator = load(
+            bundle, backend=backend, device=device, max_seq_len=max_seq_len, threads=threads
+        )
+    with generator, cancel_on_interrupt() as is_cancelled:
+        if chat:
+            outputs = _answers(generator, texts, system, options, is_cancelled)
+        elif len(texts) == 1:
+            outputs = iter([generator.stream(texts[0], options, is_cancelled=is_cancelled)])
+        else:
+            with working(f"generating for {len(texts)} prompts"):
+                found = generator.generate(
+                    texts, options, batch_size=batch_size, is_cancelled=is_cancelled
+                )
+            outputs = iter(found)
+        results = _print(outputs, texts, is_streamed=not (as_json or no_stream), as_json=as_json)
+    _summarize(results)
+    if any(result.finish_reason == "cancelled" for result in results):
+        raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE)
+
+
+def _answers(
+    generator: "TextGenerator",
+    texts: Sequence[str],
+    system: str | None,
+    options: "GenerationOptions",
+    is_cancelled: Callable[[], bool],
+) -> Iterator["Output"]:
+    """Yield a stream for each prompt, in a chat of its own."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    for text in texts:
+        messages = [*before, {"role": "user", "content": text}]
+        yield generator.chat(messages, options, is_cancelled=is_cancelled)
+
+
+def _print(
+    outputs: Iterator["Output"], texts: Sequence[str], *, is_streamed: bool, as_json: bool
+) -> list["GenerationResult"]:
+    """Print each output as soon as it is there; return the results."""
+    results = []
+    for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
+        if len(texts) > 1 and not as_json:
+            click.secho(f"[{number}/{len(texts)}] {_shortened(text)}", bold=True)
+        result = _finish(output, on_piece=_print_piece if is_streamed else _keep_silent)
+        if as_json:
+            emit_json(result.to_dict())
+        else:
+            was_printed = is_streamed and result is not output
+            click.echo("" if was_printed else result.text)
+        results.append(result)
+    return results
+
+
+def _finish(output: "Output", *, on_piece: Callable[[str], object]) -> "GenerationResult":
+    """Run an output to its end, if it is still to be run."""
+    from gemma_deploy.runtime.result import GenerationResult
+
+    if isinstance(output, GenerationResult):
+        return output
+    with output:
+        for piece in output:
+            on_piece(piece)
+    return output.result
+
+
+def _print_piece(piece: str) -> None:
+    click.echo(piece, nl=False)
+
+
+def _keep_silent(_piece: str) -> None:
+    """Let a piece pass: the whole text is printed at its end."""
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _HEADER_CHARACTERS else line[: _HEADER_CHARACTERS - 3] + "..."
+
+
+def _summarize(results: Sequence["GenerationResult"]) -> None:
+    """Say how it ended and how long it took."""
+    for number, result in enumerate(results, 1):
+        which = f"[{number}/{len(results)}] " if len(results) > 1 else ""
+        notice(f"{which}{summary(result)}")
+
+
+def summary(result: "GenerationResult") -> str:
+    """Return how a generation ended, its length and its speed, as one line."""
+    timings = result.timings
+    ends = {"stop": "complete", "length": "stopped at the limit", "cancelled": "interrupted"}
+    parts = [
+        f"{ends[result.finish_reason]}, {timings.new_tokens} tokens in {timings.total_s:.2f} s"
+    ]
+    if timings.ttft_s is not None:
+        parts.append(f"first after {timings.ttft_s:.2f} s ({timings.prompt_tokens} prompt tokens)")
+    if timings.decode_tokens_per_s is not None:
+        parts.append(f"then {timings.decode_tokens_per_s:.1f} tokens/s")
+    return ", ".join(parts)

@@ -1,0 +1,269 @@
+"""The checks of `gemma-deploy verify`, one after the other until one fails."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from gemma_deploy.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle, check_external_data
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.cli import verify_text
+from gemma_deploy.cli.console import Progress, format_bytes
+from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
+from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError, RequestError
+from gemma_deploy.graph_spec import PHASES
+from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+if TYPE_CHECKING:
+    from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+
+# Tokens that the rows of a batch are continued by, one at a time.
+_CONTINUATION_TOKENS: Final = 6
+_MIN_TEXT_TOKENS: Final = 16
+_RANDOM_ROW_TOKENS: Final = (29, 13, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: What was checked.
+        is_ok: Whether it passed.
+        detail: What was found.
+        parity: The figures, of a comparison with the checkpoint.
+    """
+
+    name: str
+    is_ok: bool
+    detail: str
+    parity: ParityReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What to verify.
+
+    Attributes:
+        bundle: The bundle's folder.
+        checkpoint: The checkpoint it should agree with; None for no comparison.
+        device: Where the graphs run.
+        threads: Threads of the CPU kernels; None for one per core.
+        tolerance: Largest difference of a logit that passes; None for what rounding explains.
+        text: What is read; None for a text of our own.
+        tokens: Most tokens of the text that are read.
+    """
+
+    bundle: Path
+    checkpoint: Path | None
+    device: str
+    threads: int | None
+    tolerance: float | None
+    text: str | None
+    tokens: int
+
+    def checks(self, on_progress: Progress) -> Iterator[Check]:
+        """Run the checks, yield each as it ends, and stop after the first that fails.
+
+        Raises:
+            RequestError: The text, the device or the like cannot be; nothing is wrong with the
+                bundle then.
+        """
+        name = "manifest"
+        try:
+            bundle = Bundle.open(self.bundle)
+            yield _passed(name, _describe(bundle))
+            name = "hashes"
+            yield _passed(name, _check_hashes(bundle, on_progress))
+            name = "weights"
+            yield _passed(name, _check_weights(bundle))
+            name = "tokenizer"
+            yield _passed(name, _check_tokenizer(bundle))
+            name = "checkpoint"
+            rows = () if self.checkpoint is None else self._rows(bundle)
+            reference = self._reference(bundle, rows, on_progress)
+            name = "graphs"
+            with self._load(bundle, on_progress) as session:
+                yield _passed(
+                    name, f"both load and are as the manifest says, on {session.device.kind}"
+                )
+                name = "parity"
+                yield from self._compare(bundle, session, rows, reference, on_progress)
+        except RequestError:
+            raise
+        except GemmaDeployError as err:
+            yield Check(name=name, is_ok=False, detail=str(err))
+
+    def _load(self, bundle: Bundle, on_progress: Progress) -> "OnnxRuntimeSession":
+        from gemma_deploy.runtime.devices import Device
+        from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+
+        on_progress("loading the graphs", 0, 1)
+        return OnnxRuntimeSession(
+            bundle, device=Device.parse(self.device), threads=self.threads, use_decode_graph=True
+        )
+
+    def _rows(self, bundle: Bundle) -> tuple[TokenRow, ...]:
+        """Return the long text, then the shorter ones that make the batch."""
+        from gemma_deploy.runtime.capacity import check_token_ids
+
+        limit = min(self.tokens, bundle.manifest.max_seq_len)
+        if bundle.manifest.tokenizer:
+            tokenizer = GemmaTokenizer.from_pretrained(bundle.folder)
+            texts = (self.text or verify_text.TEXT, *verify_text.OTHERS)
+            token_rows = [tokenizer.encode(text)[:limit] for text in texts]
+        else:
+            # Without a tokenizer any ids will do, as long as they are the same each time.
+            random = np.random.default_rng(0)
+            lengths = (limit, *(min(limit, n) for n in _RANDOM_ROW_TOKENS))
+            token_rows = [
+                random.integers(bundle.config.vocab_size, size=n).tolist() for n in lengths
+            ]
+        check_token_ids(token_rows, bundle.config.vocab_size)
+        if len(token_rows[0]) < _MIN_TEXT_TOKENS:
+            raise RequestError(
+                f"the text has {len(token_rows[0])} tokens; at least {_MIN_TEXT_TOKENS} are needed "
+                "to compare chunks and batches: give a longer one"
+            )
+        text, *others = token_rows
+        steps = min(_CONTINUATION_TOKENS, *(len(row) - 1 for row in others))
+        long = TokenRow(token_ids=tuple(text), positions=tuple(range(len(text))))
+        return (long, *(_continued(row, steps) for row in (text[: len(text) * 2 // 3], *others)))
+
+    def _reference(
+        self, bundle: Bundle, rows: Sequence[TokenRow], on_progress: Progress
+    ) -> list[FloatArray]:
+        """Return the rows' logits by the eager float32 torch model; it is gone afterwards."""
+        if self.checkpoint is None:
+            return []
+        _require_same_model(bundle, Checkpoint.open(self.checkpoint))
+        import torch
+
+        from gemma_deploy.model import GemmaForCausalLM
+
+        on_progress("loading the checkpoint", 0, 1)
+        model = GemmaForCausalLM.from_pretrained(
+            self.checkpoint, dtype=torch.float32, attn_implementation="eager"
+        )
+        found: list[FloatArray] = []
+        with torch.inference_mode():
+            for row in rows:
+                on_progress("running the checkpoint", len(found), len(rows))
+                wanted = torch.tensor(row.positions)
+                output = model(
+                    torch.tensor([row.token_ids]), logits_to_keep=wanted, use_cache=False
+                )
+                found.append(output.logits[0].numpy())
+        return found
+
+    def _compare(
+        self,
+        bundle: Bundle,
+        session: "OnnxRuntimeSession",
+        rows: Sequence[TokenRow],
+        reference: Sequence[FloatArray],
+        on_progress: Progress,
+    ) -> Iterator[Check]:
+        if self.checkpoint is None:
+            return
+        precision = bundle.manifest.precision
+        tolerance = self.tolerance or default_tolerance(
+            precision, Checkpoint.open(self.checkpoint), reference
+        )
+        walks: list[tuple[str, Walk, slice]] = [
+            *((name, walk, slice(0, 1)) for name, walk in TEXT_WALKS.items()),
+            *((name, walk, slice(1, None)) for name, walk in BATCH_WALKS.items()),
+        ]
+        for done, (name, walk, part) in enumerate(walks):
+            on_progress("running the graphs", done, len(walks))
+            report = compare(
+                rows[part],
+                reference[part],
+                lambda rows, walk=walk: walk(session, rows),  # type: ignore[misc]  # bound at once
+                tolerance=tolerance,
+            )
+            detail = describe_parity(report)
+            yield Check(
+                name=f"parity, {name}", is_ok=report.is_within, detail=detail, parity=report
+            )
+
+
+def describe_parity(report: ParityReport) -> str:
+    """Return the figures of a comparison as one line."""
+    clear = f", {report.disagreements} of the rest no near tie" if report.disagreements else ""
+    return (
+        f"logits differ by {report.max_abs_difference:.2g} at most (tolerance "
+        f"{report.tolerance:.2g}), {report.mean_abs_difference:.2g} on average; KL at most "
+        f"{report.max_kl_nats:.2g} nats; same greedy token at {report.greedy_agreement:.1%} of "
+        f"{report.positions} positions{clear}"
+    )
+
+
+def _passed(name: str, detail: str) -> Check:
+    return Check(name=name, is_ok=True, detail=detail)
+
+
+def _describe(bundle: Bundle) -> str:
+    files = bundle.manifest.files
+    size = format_bytes(sum(record.size_bytes for record in files.values()))
+    return f"format {FORMAT_VERSION}, {len(files)} files of {size}, all there"
+
+
+def _check_hashes(bundle: Bundle, on_progress: Progress) -> str:
+    total = sum(record.size_bytes for record in bundle.manifest.files.values())
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress("hashing", done, total)
+
+    changed = bundle.changed_files(on_bytes)
+    if changed:
+        raise BundleError(
+            f"{', '.join(changed)} changed since the export: SHA-256 is not what {MANIFEST_FILE} "
+            "says. Copy the bundle again, or export it again"
+        )
+    return f"SHA-256 of {len(bundle.manifest.files)} files as the manifest says"
+
+
+def _check_weights(bundle: Bundle) -> str:
+    for phase in PHASES:
+        check_external_data(bundle.folder, bundle.graph_path(phase))
+    return f"every tensor of the graphs lies inside {bundle.manifest.weights}"
+
+
+def _check_tokenizer(bundle: Bundle) -> str:
+    if not bundle.manifest.tokenizer:
+        return "none: only token ids can be given"
+    size = GemmaTokenizer.from_pretrained(bundle.folder).vocab_size
+    return f"{size} tokens, {bundle.config.vocab_size} in the model"
+
+
+def _require_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose config is not the bundle's; the dtype may differ.
+
+    Raises:
+        CheckpointError: With the first field that differs.
+    """
+    ours, theirs = bundle.config.to_dict(), checkpoint.config.to_dict()
+    for name in ours:
+        if name != "dtype" and ours[name] != theirs[name]:
+            raise CheckpointError(
+                f"{checkpoint.folder} is not what {bundle.folder} was made of: its {name} is "
+                f"{theirs[name]}, the bundle's {ours[name]}. Give the checkpoint that was exported"
+            )
+
+
+def _continued(token_ids: Sequence[int], steps: int) -> TokenRow:
+    """Return a row whose last `steps` tokens are read one at a time."""
+    first = len(token_ids) - 1 - steps
+    return TokenRow(token_ids=tuple(token_ids), positions=tuple(range(first, len(token_ids))))

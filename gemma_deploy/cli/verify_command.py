@@ -1,0 +1,118 @@
+"""`gemma-deploy verify`: is a bundle whole, and does it agree with its checkpoint."""
+
+from pathlib import Path
+
+import click
+
+from gemma_deploy.cli.console import emit_json, progress
+
+
+@click.command(
+    "verify",
+    short_help="Check a bundle: files, graphs, and agreement with its checkpoint.",
+    epilog="""\b
+Examples:
+  gemma-deploy verify gemma-2b
+  gemma-deploy verify gemma-2b --checkpoint ~/models/gemma-2b
+  gemma-deploy verify gemma-2b --checkpoint ~/models/gemma-2b --tolerance 0.1 --json
+
+Exits with 1 if a check fails. The tolerance bounds the difference of any logit. Unless given, it is
+what rounding explains, as a share of the checkpoint's largest logit: 0.0001 for a bundle that
+computes in float32 on the weights as they were (only the order of sums differs), 0.01 for float16
+(each activation is rounded to 11 bits), 0.05 for weights that were narrowed to bfloat16 (8 bits).
+""",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also compare logits with this checkpoint, run by eager torch in float32. Needs memory for "
+    "the model in float32.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="Largest difference of a logit that passes. A different likeliest token counts only where "
+    "float32's best two are further apart than X. [default: by dtype, see below]",
+)
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="UTF-8 text to read in the comparison. [default: a built-in one]",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=16),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Most tokens of the text to read. More than a model's sliding window shows that the "
+    "window is right.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where the graphs run: cpu, cuda, cuda:N (N from 0), or auto: CUDA where it works.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads of the CPU kernels. [default: one per core]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all figures.")
+def command(
+    *,
+    bundle: Path,
+    checkpoint: Path | None,
+    tolerance: float | None,
+    text_file: Path | None,
+    tokens: int,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Check the bundle in the folder BUNDLE.
+
+    The manifest and the files it names, the SHA-256 of each, where the graphs' weights lie, the
+    tokenizer, and that ONNX Runtime loads both graphs. With --checkpoint both graphs also read a
+    text (whole, in chunks, token by token, and as a batch of different lengths) and their logits
+    are compared with the checkpoint's.
+    """
+    if checkpoint is None and (tolerance is not None or text_file is not None):
+        raise click.UsageError("--tolerance and --text compare logits: give --checkpoint too")
+    from gemma_deploy.cli.verification import Verification
+
+    verification = Verification(
+        bundle=bundle,
+        checkpoint=checkpoint,
+        device=device,
+        threads=threads,
+        tolerance=tolerance,
+        text=None if text_file is None else _read(text_file),
+        tokens=tokens,
+    )
+    with progress() as on_progress:
+        checks = list(verification.checks(on_progress))
+    is_ok = all(check.is_ok for check in checks)
+    if as_json:
+        emit_json({"ok": is_ok, "checks": [check.to_dict() for check in checks]}, indent=1)
+    else:
+        for check in checks:
+            mark = click.style("ok  ", fg="green") if check.is_ok else click.style("FAIL", fg="red")
+            click.echo(f"{mark}  {check.name}: {check.detail}")
+    if not is_ok:
+        raise click.exceptions.Exit(1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise click.UsageError(f"{path} is not UTF-8 text: {err}") from err
