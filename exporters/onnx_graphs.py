@@ -115,18 +115,18 @@ def _externalize(
     graph: ir.Graph, config: GemmaConfig, weights: Mapping[str, tuple[StoredTensor, int]]
 ) -> None:
     """Point every initializer at its bytes in the weights file; frequencies go into the graph."""
-    for value in list(graph.initializers.values()):
-        name = str(value.name).removeprefix("causal_lm.")
+    for traced_name, value in list(graph.initializers.items()):
+        name = traced_name.removeprefix("causal_lm.")
         if name.startswith(_FREQUENCIES):
             rope = config.rope_parameters[name.removeprefix(_FREQUENCIES)]  # type: ignore[index]  # the key is a layer type
             table = inverse_frequencies(rope, config.head_dim, torch.device("cpu"))
             constant = ir.tensor(table.numpy(), name=name)
         else:
             constant = _external(weights, name, config)
-        del graph.initializers[value.name]
+        del graph.initializers[traced_name]
         value.name = constant.name
         value.const_value = constant
-        value.dtype, value.shape = constant.dtype, ir.Shape(constant.shape)
+        value.dtype, value.shape = constant.dtype, ir.Shape(constant.shape.numpy())
         graph.initializers.add(value)
 
 
@@ -159,7 +159,6 @@ def _tidy(model: ir.Model) -> None:
         passes.DeduplicateInitializersPass(size_limit=_MAX_CONSTANT_ELEMENTS),
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),
         passes.NameFixPass(),

@@ -5,7 +5,6 @@ memory needed does not grow with the model. The file is plain safetensors, reada
 """
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -125,10 +124,12 @@ def write_weights(
     header, offsets = _header(plan)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for tensor_bytes in itertools.chain([header], _blocks(checkpoint, plan)):
-            file.write(tensor_bytes)
-            digest.update(tensor_bytes)
-            on_bytes(len(tensor_bytes))
+        file.write(header)
+        digest.update(header)
+        for block in _blocks(checkpoint, plan):
+            file.write(block)
+            digest.update(block)
+            on_bytes(len(block))
         file.flush()
         os.fsync(file.fileno())
         size_bytes = file.tell()
@@ -190,4 +191,4 @@ def _folded(block: Tensor, tensor: StoredTensor) -> Tensor:
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    return memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B")
+    return block.view(torch.uint8).numpy().data

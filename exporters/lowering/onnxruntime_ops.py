@@ -74,7 +74,7 @@ def _attention(  # noqa: PLR0913, PLR0917  # the op's own signature
     # Of cos, not of query: one value for all layers, so that repeated nodes can be merged.
     tokens = opset23.Shape(cos, start=1, end=2)
     total = opset23.Add(input_pos, tokens)  # [B]
-    last = opset23.Sub(total, opset23.Constant(value_ints=[1]))
+    last = opset23.Sub(total, _int64(1))
     output, present_key, present_value = _group_query_attention(
         opset23.RotaryEmbedding(_flat(query), cos, sin, num_heads=num_heads),
         opset23.RotaryEmbedding(_flat(key), cos, sin, num_heads=num_kv_heads),
@@ -90,13 +90,17 @@ def _attention(  # noqa: PLR0913, PLR0917  # the op's own signature
         # Counts the query's own key, as Gemma does; -1 is ONNX Runtime's word for no window.
         local_window_size=sliding_window or -1,
     )
-    shape = opset23.Constant(value_ints=[0, 0, num_heads, -1])
-    return opset23.Reshape(output, shape), present_key, present_value
+    output = opset23.Reshape(output, _int64(0, 0, num_heads, -1))  # [B, S, N, H]
+    return output, present_key, present_value
 
 
 def _flat(x: Any) -> Any:
     """[B, S, heads, H] -> [B, S, heads * H]."""
-    return opset23.Reshape(x, opset23.Constant(value_ints=[0, 0, -1]))
+    return opset23.Reshape(x, _int64(0, 0, -1))
+
+
+def _int64(*numbers: int) -> Any:
+    return opset23.Constant(value_ints=numbers)
 
 
 def _contrib_op(
