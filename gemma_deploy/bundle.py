@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast, get_args
@@ -162,19 +162,25 @@ def safe_path(folder: Path, name: str, source: str) -> Path:
     Raises:
         UnsafePathError: The path is absolute, climbs out, or leads out through a link.
     """
-    path = folder / name
     is_relative = not PurePosixPath(name).is_absolute() and not PureWindowsPath(name).anchor
     if (
         not name
         or not is_relative
         or ".." in PurePosixPath(name.replace("\\", "/")).parts
-        or not path.resolve().is_relative_to(folder.resolve())
+        or not _resolves_inside(folder, name)
     ):
         raise UnsafePathError(
             f"{source} names {name!r}, which leads out of the bundle {folder}: refused. Only use "
             "bundles from sources you trust, or export again"
         )
-    return path
+    return folder / name
+
+
+def _resolves_inside(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself; a zero byte
+        return False
 
 
 def check_external_data(folder: Path, graph: Path) -> None:
@@ -182,7 +188,7 @@ def check_external_data(folder: Path, graph: Path) -> None:
 
     Raises:
         UnsafePathError: An external-data location that leaves the folder.
-        BundleError: The graph is not ONNX, or a tensor lies beyond the end of its file.
+        BundleError: The graph is not ONNX, or a tensor lies outside its file.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -191,18 +197,35 @@ def check_external_data(folder: Path, graph: Path) -> None:
         model = onnx.load(graph, load_external_data=False)
     except (DecodeError, OSError) as err:
         raise BundleError(f"{graph} cannot be read as an ONNX model: {err}") from err
-    for tensor in model.graph.initializer:
+    for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        offset, length = entry.get("offset", "0"), entry.get("length", "0")
+        if not offset.isdecimal() or not length.isdecimal():
+            raise BundleError(
+                f"{graph.name}: tensor {tensor.name} has offset {offset!r} and length {length!r}, "
+                "expected numbers of bytes: the bundle is damaged; export it again"
+            )
+        end = int(offset) + int(length)
         size = path.stat().st_size if path.is_file() else 0
         if end > size:
             raise BundleError(
                 f"{graph.name}: tensor {tensor.name} ends at byte {end:,} of {path.name}, which has "
                 f"{size:,} bytes: the bundle is damaged; export it again"
             )
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Yield every TensorProto of an ONNX message: of graphs, subgraphs, attributes and functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(child)
 
 
 def record_file(path: Path) -> FileRecord:
@@ -223,7 +246,7 @@ def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda _: None) ->
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise BundleError(f"{path} cannot be read as JSON: {err}") from err
     if not isinstance(raw, dict):
         raise BundleError(f"{path} holds {type(raw).__name__}, expected a JSON object")
@@ -258,15 +281,18 @@ def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
         manifest = Manifest(
             config=GemmaConfig.from_dict(raw["model"]),
             precision=precision,
-            graphs={phase: raw["graphs"][phase]["path"] for phase in PHASES},
-            weights=raw["weights"],
-            tokenizer=tuple(raw["tokenizer"]),
-            generation=raw["generation"],
+            graphs={phase: str(raw["graphs"][phase]["path"]) for phase in PHASES},
+            weights=str(raw["weights"]),
+            tokenizer=tuple(map(str, raw["tokenizer"])),
+            generation=None if raw["generation"] is None else str(raw["generation"]),
             max_seq_len=int(raw["limits"]["max_seq_len"]),
-            files={path: FileRecord(**record) for path, record in raw["files"].items()},
-            versions=raw["versions"],
+            files={
+                path: FileRecord(size_bytes=int(record["size_bytes"]), sha256=record["sha256"])
+                for path, record in raw["files"].items()
+            },
+            versions=dict(raw["versions"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as err:
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as err:
         raise BundleError(
             f"manifest.json is damaged ({type(err).__name__}: {err}): export the bundle again"
         ) from err

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from gemma_deploy.errors import ExportError, OutputExistsError
 
+_RETIRED = ".old"
+
 
 @contextlib.contextmanager
 def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Path]:
     """Give a fresh folder to write into; it becomes `output` when the block ends without an error.
 
     Whatever happens inside the block (an exception, a full disk, Ctrl-C), `output` is either the
-    complete new folder or exactly what it was. A killed process can leave only a hidden
-    `.NAME.partial-*` folder beside it; the next call removes it.
+    complete new folder or exactly what it was. A killed process can leave only hidden
+    `.NAME.partial-*` folders beside it; the next call removes them, and puts the old folder back if
+    the process died while exchanging the two.
 
     Args:
         output: The folder to create; its parent must exist or be creatable.
@@ -26,28 +29,29 @@ def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Pa
             replaced unless it is empty.
 
     Raises:
-        OutputExistsError: `output` exists and may not be replaced.
+        OutputExistsError: `output` exists, now or when the block ends, and may not be replaced.
         ExportError: The disk is full or `output` cannot be written; nothing is left behind.
     """
     output = output.absolute()
-    check_replaceable(output, force=force, replaceable=replaceable)
     staging = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output)
-        prefix = f".{output.name}.partial-{os.getpid()}-"
+        check_replaceable(output, force=force, replaceable=replaceable)
+        prefix = f"{_partial_prefix(output)}{os.getpid()}-"
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
         # mkdtemp makes private folders; a published one follows the umask like any other.
         staging.chmod(0o777 & ~_umask())
         yield staging
         _flush(staging)
+        # Someone else may have written there while the block ran.
+        check_replaceable(output, force=force, replaceable=replaceable)
         _publish(staging, output)
     except OSError as err:
         if not _concerns(err, output):
             raise
-        reason = "the disk is full" if err.errno == errno.ENOSPC else (err.strerror or str(err))
         raise ExportError(
-            f"cannot write {output}: {reason}. Nothing was left behind; free space or choose "
+            f"cannot write {output}: {_reason(err)}. Nothing was left behind; free space or choose "
             "another output"
         ) from err
     finally:
@@ -80,24 +84,48 @@ def _umask() -> int:
     return mask
 
 
+def _partial_prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
 def _concerns(err: OSError, output: Path) -> bool:
     """Tell whether an OSError is about writing the output rather than, say, reading a checkpoint."""
     if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    name = err.filename
-    return name is not None and Path(os.fsdecode(name)).is_relative_to(output.parent)
+    if err.filename is None:
+        return False
+    path = Path(os.fsdecode(err.filename))
+    if not path.is_relative_to(output.parent) or path == output.parent:
+        return output.is_relative_to(path)
+    # The checkpoint may lie beside the output.
+    name = path.relative_to(output.parent).parts[0]
+    return name == output.name or name.startswith(_partial_prefix(output))
+
+
+def _reason(err: OSError) -> str:
+    if err.errno == errno.ENOSPC:
+        return "the disk is full"
+    if err.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{err.filename} lies in or is a file where a folder is needed"
+    return err.strerror or str(err)
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove the partial folders of processes that are gone."""
-    prefix = f".{output.name}.partial-"
+    """Remove the partial folders of processes that are gone; put back what they had set aside."""
+    prefix = _partial_prefix(output)
     for folder in output.parent.iterdir():
         pid = folder.name.removeprefix(prefix).partition("-")[0]
-        if folder.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
+        if not folder.name.startswith(prefix) or not pid.isdigit() or _is_running(int(pid)):
+            continue
+        if folder.name.endswith(_RETIRED) and not output.exists():
+            folder.rename(output)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # there os.kill ends the process it asks about; partial folders stay
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -124,7 +152,7 @@ def _publish(staging: Path, output: Path) -> None:
     if not output.exists():
         staging.rename(output)
         return
-    retired = staging.with_name(f"{staging.name}.old")
+    retired = staging.with_name(f"{staging.name}{_RETIRED}")
     output.rename(retired)
     try:
         staging.rename(output)

@@ -1,0 +1,421 @@
+import functools
+import hashlib
+import json
+import operator
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from gemma_deploy.bundle import Bundle, Manifest, check_external_data, record_file, safe_path
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import BundleError, BundleVersionError, UnsafePathError
+from gemma_deploy.graph_spec import Precision
+
+FILES = {
+    "prefill.onnx": b"prefill",
+    "decode.onnx": b"decode",
+    "weights.safetensors": bytes(range(200)),
+    "tokenizer.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": [1, 107]}',
+    "LICENSE": b"terms",
+}
+UNSAFE_PATHS = [
+    "/etc/passwd",
+    "../outside",
+    "sub/../../outside",
+    "..",
+    "",
+    "..\\outside",
+    "sub\\..\\..\\outside",
+    "\\outside",
+    "C:\\outside",
+    "C:outside",
+    "//server/share/outside",
+    "zero\0byte",
+    "link",
+    "linked_folder/outside",
+    "loop",
+]
+
+REMOVED = "<removed>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle by its manifest; its graphs are never run here."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    manifest = Manifest(
+        config=GemmaConfig(vocab_size=16, num_hidden_layers=1, max_position_embeddings=64),
+        precision=Precision.of("bfloat16"),
+        graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"},
+        weights="weights.safetensors",
+        tokenizer=("tokenizer.json",),
+        generation="generation_config.json",
+        max_seq_len=64,
+        files={name: record_file(folder / name) for name in FILES},
+        versions={"python": "3.11"},
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def surroundings(folder: Path) -> Path:
+    """The bundle with links that lead out of it."""
+    (folder.parent / "outside").write_bytes(b"secret")
+    (folder / "link").symlink_to(folder.parent / "outside")
+    (folder / "linked_folder").symlink_to(folder.parent)
+    (folder / "loop").symlink_to("loop")
+    return folder
+
+
+def edit(folder: Path, where: str, value: object) -> None:
+    """Change one value of the manifest; `where` is its path, keys and indexes between slashes."""
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    *parents, last = [int(key) if key.isdigit() else key for key in where.split("/")]
+    target = functools.reduce(operator.getitem, parents, raw)
+    if value == REMOVED:
+        del target[last]
+    else:
+        target[last] = value
+    path.write_text(json.dumps(raw), encoding="utf-8")
+
+
+def test_opening_reads_back_what_was_written(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    assert bundle.config == GemmaConfig(
+        vocab_size=16, num_hidden_layers=1, max_position_embeddings=64
+    )
+    assert bundle.manifest.precision == Precision(
+        weights="bfloat16", activations="float32", cache="float32"
+    )
+    assert bundle.graph_path("prefill") == folder / "prefill.onnx"
+    assert bundle.graph_path("decode") == folder / "decode.onnx"
+    assert bundle.weights_path == folder / "weights.safetensors"
+    assert bundle.generation_config() == {"eos_token_id": [1, 107]}
+    assert bundle.manifest.max_seq_len == 64
+    assert bundle.manifest.versions == {"python": "3.11"}
+    assert (folder / "manifest.json").read_text(encoding="utf-8") == bundle.manifest.to_json()
+
+
+def test_the_manifest_states_sizes_and_hashes(folder: Path) -> None:
+    raw = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert raw["format_version"] == 1
+    assert raw["files"] == {
+        name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in FILES.items()
+    }
+
+
+def test_no_generation_config_is_an_empty_one(folder: Path) -> None:
+    edit(folder, "generation", None)
+    assert Bundle.open(folder).generation_config() == {}
+
+
+def test_a_generation_config_that_is_no_object(folder: Path) -> None:
+    (folder / "generation_config.json").write_bytes(b"[" + b" " * 24 + b"]")
+    with pytest.raises(
+        BundleError, match=r"generation_config.json holds list, expected a JSON obj"
+    ):
+        Bundle.open(folder).generation_config()
+
+
+def test_a_folder_without_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(tmp_path)
+    assert str(caught.value) == f"{tmp_path} is not a bundle: it has no manifest.json"
+    assert caught.value.exit_code == 1
+
+
+def test_a_checkpoint_in_place_of_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        BundleError, match="this looks like a checkpoint: run `gemma-deploy export`"
+    ):
+        Bundle.open(tmp_path)
+
+
+def test_a_missing_file(folder: Path) -> None:
+    (folder / "LICENSE").unlink()
+    with pytest.raises(
+        BundleError, match=r"LICENSE is missing, the manifest says 5 bytes: the bun"
+    ):
+        Bundle.open(folder)
+
+
+def test_a_file_of_another_size(folder: Path) -> None:
+    (folder / "weights.safetensors").write_bytes(bytes(199))
+    with pytest.raises(
+        BundleError, match=r"has 199 bytes, the manifest says 200 bytes: .* incompl"
+    ):
+        Bundle.open(folder)
+
+
+def test_a_newer_format(folder: Path) -> None:
+    edit(folder, "format_version", 2)
+    message = (
+        f"{folder} has bundle format 2, this gemma-deploy reads up to 1: upgrade with "
+        "`pip install --upgrade gemma-deploy`"
+    )
+    with pytest.raises(BundleVersionError, match=re.escape(message)):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_a_manifest_without_version(folder: Path, version: object) -> None:
+    edit(folder, "format_version", version)
+    with pytest.raises(BundleError, match="no format_version: not a gemma-deploy manifest"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format_version": 1', "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[1]", "holds list, expected a JSON object"),
+        (b'{"format_version": 1}', r"damaged \(KeyError: 'precision'\)"),
+    ],
+)
+def test_a_damaged_manifest(folder: Path, content: bytes, message: str) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("precision/extra", 1),
+        ("model/model_type", "llama"),
+        ("limits/max_seq_len", "long"),
+        ("limits/max_seq_len", float("inf")),
+        ("files/LICENSE/size_bytes", "many"),
+        ("files/LICENSE/sha256", REMOVED),
+        ("files", []),
+        ("graphs", []),
+        ("tokenizer", None),
+        ("versions", 3),
+        ("graphs/decode", REMOVED),
+    ],
+)
+def test_a_manifest_with_nonsense(folder: Path, where: str, value: object) -> None:
+    edit(folder, where, value)
+    with pytest.raises(BundleError, match=r"manifest.json is damaged \(.*export the bundle again"):
+        Bundle.open(folder)
+
+
+def test_an_unknown_dtype(folder: Path) -> None:
+    edit(folder, "precision/cache", "float8")
+    with pytest.raises(BundleError, match="unknown dtype 'float8' in precision"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("precision/cache", "float16"),
+        ("model/vocab_size", 17),
+        ("graphs/prefill/inputs", []),
+        ("graphs/prefill/inputs/0/name", "tokens"),
+        ("graphs/prefill/outputs/0/dims/1", 1),
+        ("graphs/prefill/outputs", REMOVED),
+    ],
+)
+def test_graphs_of_another_model(folder: Path, where: str, value: object) -> None:
+    edit(folder, where, value)
+    with pytest.raises(BundleError, match="inputs and outputs of the prefill graph are not those"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("weights", "other"),
+        ("weights", ["weights.safetensors"]),
+        ("tokenizer", ["other"]),
+        ("generation", "../../etc/passwd"),
+        ("graphs/decode/path", "/etc/passwd"),
+        ("files/tokenizer.json", REMOVED),
+    ],
+)
+def test_a_reference_to_an_unlisted_file(folder: Path, where: str, value: object) -> None:
+    edit(folder, where, value)
+    with pytest.raises(BundleError, match="which is not among its files: export the bundle again"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("path", UNSAFE_PATHS)
+def test_a_manifest_that_leads_out_of_the_bundle(surroundings: Path, path: str) -> None:
+    manifest = surroundings / "manifest.json"
+    raw = json.loads(manifest.read_text(encoding="utf-8"))
+    raw["files"][path] = {"size_bytes": 6, "sha256": ""}
+    manifest.write_text(json.dumps(raw), encoding="utf-8")
+    message = f"manifest.json names {path!r}, which leads out of the bundle {surroundings}: refused"
+    with pytest.raises(UnsafePathError, match=re.escape(message)):
+        Bundle.open(surroundings)
+
+
+def test_paths_that_stay_inside_are_fine(folder: Path) -> None:
+    (folder / "alias").symlink_to("LICENSE")
+    (folder / "sub").mkdir()
+    for name in ("LICENSE", "alias", "sub/file", "..odd", "a..b"):
+        assert safe_path(folder, name, "test") == folder / name
+
+
+def test_a_bundle_reached_through_a_link(folder: Path) -> None:
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert Bundle.open(link).weights_path == link / "weights.safetensors"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found(folder: Path, name: str) -> None:
+    bundle = Bundle.open(folder)
+    assert bundle.changed_files() == []
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    assert Bundle.open(folder).changed_files() == [name]
+
+
+def test_hashing_reports_every_byte(folder: Path) -> None:
+    seen: list[int] = []
+    Bundle.open(folder).changed_files(seen.append)
+    assert sum(seen) == sum(map(len, FILES.values()))
+
+
+def external_tensor(**entries: str) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(
+        name="w",
+        data_type=onnx.TensorProto.FLOAT,
+        dims=[2],
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def graph_of(tensor: onnx.TensorProto) -> onnx.GraphProto:
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    return onnx.helper.make_graph([node], "g", [], [], initializer=[tensor])
+
+
+def in_an_initializer(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    return onnx.helper.make_model(graph_of(tensor))
+
+
+def in_an_attribute(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
+    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+
+
+def in_a_subgraph(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    branch = graph_of(tensor)
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+
+
+def in_a_function(tensor: onnx.TensorProto) -> onnx.ModelProto:
+    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    function = onnx.helper.make_function("local", "f", [], ["y"], [node], opsets)
+    graph = onnx.helper.make_graph([], "g", [], [])
+    return onnx.helper.make_model(graph, functions=[function])
+
+
+PLACES = [in_an_initializer, in_an_attribute, in_a_subgraph, in_a_function]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_external_data_within_its_file(
+    folder: Path, place: Callable[[onnx.TensorProto], onnx.ModelProto]
+) -> None:
+    tensor = external_tensor(location="weights.safetensors", offset="192", length="8")
+    (folder / "graph.onnx").write_bytes(place(tensor).SerializeToString())
+    check_external_data(folder, folder / "graph.onnx")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "link"])
+def test_external_data_outside_of_the_bundle(
+    surroundings: Path, place: Callable[[onnx.TensorProto], onnx.ModelProto], path: str
+) -> None:
+    graph = surroundings / "graph.onnx"
+    graph.write_bytes(place(external_tensor(location=path, length="6")).SerializeToString())
+    message = f"graph.onnx (tensor w) names {path!r}, which leads out of the bundle"
+    with pytest.raises(UnsafePathError, match=re.escape(message)):
+        check_external_data(surroundings, graph)
+
+
+@pytest.mark.parametrize("path", [p for p in UNSAFE_PATHS if p])
+def test_unsafe_external_locations(surroundings: Path, path: str) -> None:
+    graph = surroundings / "graph.onnx"
+    graph.write_bytes(in_an_initializer(external_tensor(location=path)).SerializeToString())
+    with pytest.raises(UnsafePathError, match="leads out of the bundle"):
+        check_external_data(surroundings, graph)
+
+
+def test_external_data_without_location(folder: Path) -> None:
+    graph = folder / "graph.onnx"
+    graph.write_bytes(in_an_initializer(external_tensor(length="8")).SerializeToString())
+    with pytest.raises(UnsafePathError, match=r"names '', which leads out"):
+        check_external_data(folder, graph)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"offset": "193", "length": "8"}, "tensor w ends at byte 201 of weights.safetensors, whi"),
+        ({"offset": "-1", "length": "8"}, "tensor w has offset '-1' and length '8', expected num"),
+        ({"offset": "0", "length": "x"}, "tensor w has offset '0' and length 'x', expected number"),
+    ],
+)
+def test_external_data_outside_of_its_file(
+    folder: Path, entries: dict[str, str], message: str
+) -> None:
+    tensor = external_tensor(location="weights.safetensors", **entries)
+    (folder / "graph.onnx").write_bytes(in_an_initializer(tensor).SerializeToString())
+    with pytest.raises(BundleError, match=message):
+        check_external_data(folder, folder / "graph.onnx")
+
+
+def test_external_data_in_a_missing_file(folder: Path) -> None:
+    tensor = external_tensor(location="gone", length="8")
+    (folder / "graph.onnx").write_bytes(in_an_initializer(tensor).SerializeToString())
+    with pytest.raises(BundleError, match="ends at byte 8 of gone, which has 0 bytes"):
+        check_external_data(folder, folder / "graph.onnx")
+
+
+@pytest.mark.parametrize("content", [b"no graph", None])
+def test_a_file_that_is_no_graph(folder: Path, content: bytes | None) -> None:
+    graph = folder / "graph.onnx"
+    if content is not None:
+        graph.write_bytes(content)
+    with pytest.raises(BundleError, match=r"graph.onnx cannot be read as an ONNX model"):
+        check_external_data(folder, graph)
+
+
+def test_tensors_inside_the_graph_are_fine(folder: Path) -> None:
+    tensor = onnx.numpy_helper.from_array(np.ones(2, np.float32), "w")
+    (folder / "graph.onnx").write_bytes(in_an_initializer(tensor).SerializeToString())
+    check_external_data(folder, folder / "graph.onnx")
+
+
+def test_opening_does_not_read_the_weights(folder: Path) -> None:
+    """Opening checks sizes only: a sparse file of 8 TB opens at once."""
+    huge_bytes = 8 << 40
+    os.truncate(folder / "weights.safetensors", huge_bytes)
+    edit(folder, "files/weights.safetensors/size_bytes", huge_bytes)
+    assert Bundle.open(folder).manifest.files["weights.safetensors"].size_bytes == huge_bytes
