@@ -4,6 +4,8 @@ The loop over layers takes the attention as a callable (`attention.Attend`), so 
 and exported graphs are the same modules run by the same code.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -55,17 +57,30 @@ class GemmaModel(nn.Module):
     Args:
         config: The model's parameters.
         attn_implementation: `sdpa` or `eager`; see `CachedAttention`.
+
+    Raises:
+        RequestError: If there is no such attention implementation.
     """
 
     def __init__(
         self, config: GemmaConfig, *, attn_implementation: AttentionImplementation = "sdpa"
     ) -> None:
         super().__init__()
+        if attn_implementation not in get_args(AttentionImplementation):
+            raise RequestError(
+                f"attn_implementation is {attn_implementation!r}; expected "
+                f"{', '.join(get_args(AttentionImplementation))}"
+            )
         self.config = config
         self.attn_implementation = attn_implementation
         pad = config.pad_token_id
         padding_idx = pad if pad is not None and pad < config.vocab_size else None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx)
+        # From an empty table: nn.Embedding's own initialization would be thrown away.
+        self.embed_tokens = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            torch.empty(config.vocab_size, config.hidden_size),
+            freeze=False,
+            padding_idx=padding_idx,
+        )
         self.layers = nn.ModuleList(
             GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
@@ -186,7 +201,12 @@ class GemmaModel(nn.Module):
 
 @torch.no_grad()
 def initialize_weights(module: nn.Module, config: GemmaConfig) -> None:
-    """Draw fresh weights as transformers does: normal matrices, zero biases, norms and padding."""
+    """Draw fresh weights as transformers does: normal matrices, zero biases, norms and padding.
+
+    Weights on `meta` are left alone: drawing there does nothing, for 70 MB of torch's modules.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             part.weight.normal_(0.0, config.initializer_range)

@@ -88,7 +88,7 @@ def test_prefill_equals_single_steps_and_chunks(
     model = load(tiny_checkpoint(name), attn_implementation=implementation)
     ids = random_tokens(2, 40)
     expected = oracle(tiny_checkpoint(name))(ids).logits
-    for lengths in ((40,), (1,) * 40, (17, 1, 9, 13)):
+    for lengths in ([40], [1] * 40, [17, 1, 9, 13]):
         cache = new_cache(model, kind, batch=2)
         logits = [
             model(chunk, past_key_values=cache).logits for chunk in torch.split(ids, lengths, dim=1)

@@ -12,14 +12,19 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.model import GemmaForCausalLM
 from gemma_deploy.model.loading import load_parameters, stored_dtype
 
+# VmHWM, not ru_maxrss: a child process inherits its parent's ru_maxrss.
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from gemma_deploy.model import GemmaForCausalLM
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = peak_kib()
 model = GemmaForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kib() - before)
 """
-KIB = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is in KiB on Linux, bytes on macOS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -59,6 +64,7 @@ def test_parameters_are_trainable_and_tied_ones_stay_one(
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_there_is_no_second_copy_of_the_model(tmp_path: Path, dtype: str) -> None:
     config = GemmaConfig(
@@ -80,6 +86,6 @@ def test_there_is_no_second_copy_of_the_model(tmp_path: Path, dtype: str) -> Non
         check=True,
     )
     size_bytes = num_parameters * (2 if dtype == "bfloat16" else 4)
-    # Two blocks of 64 MiB at most, and what the allocator and imports take; a copy is 147 MiB.
+    # A block of 64 MiB and its successor where rows are cast; a copy is 147 or 293 MiB.
     staging_bytes = (16 if dtype == "bfloat16" else 128) * 1024 * 1024
-    assert int(done.stdout) * KIB < size_bytes + staging_bytes
+    assert int(done.stdout) * 1024 < size_bytes + staging_bytes

@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.model import GemmaForCausalLM
+from gemma_deploy.errors import RequestError
+from gemma_deploy.model import GemmaForCausalLM, GemmaModel
 from gemma_deploy.model.attention import GemmaAttention
 from gemma_deploy.model.norm import RMSNorm
 from gemma_deploy.model.rotary import RotaryEmbedding
@@ -156,10 +158,9 @@ def test_initialization_is_that_of_transformers() -> None:
     assert not model.model.embed_tokens.weight[0].any()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "scale"), [(torch.float32, 55.42562484741211), (torch.bfloat16, 55.5)]
-)
-def test_embedding_scale_is_rounded_to_the_weights_dtype(dtype: torch.dtype, scale: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_embedding_scale_is_rounded_to_the_weights_dtype(dtype: torch.dtype) -> None:
+    # sqrt(3072) = 55.4256 is 55.5 in bfloat16: the products differ.
     config = GemmaConfig(
         vocab_size=4,
         hidden_size=3072,
@@ -169,10 +170,16 @@ def test_embedding_scale_is_rounded_to_the_weights_dtype(dtype: torch.dtype, sca
         num_key_value_heads=1,
         head_dim=2,
     )
-    model = GemmaForCausalLM(config).to(dtype)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[1].fill_(1.0)
-        assert (model.model.embed(torch.tensor([[1]])) == scale).all()
+    model, ids = GemmaForCausalLM(config).to(dtype).model, torch.tensor([[0, 3, 1]])
+    theirs = GemmaTextScaledWordEmbedding(4, 3072, 0, embed_scale=3072**0.5).to(dtype)
+    theirs.load_state_dict(model.embed_tokens.state_dict())
+    assert torch.equal(model.embed(ids), theirs(ids))
+
+
+def test_refuses_an_unknown_attention_implementation() -> None:
+    config = GemmaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1)
+    with pytest.raises(RequestError, match="attn_implementation is 'flash'; expected eager, sdpa"):
+        GemmaModel(config, attn_implementation="flash")  # type: ignore[arg-type]  # on purpose
 
 
 class StaticCacheStep(nn.Module):
