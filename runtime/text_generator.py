@@ -185,7 +185,7 @@ class TextGenerator:
         if not messages:
             raise RequestError("the chat has no messages: give at least the user's first")
         options = _with_overrides(options, overrides)
-        end_of_turn = self._end_of_turn_id()
+        end_of_turn = self.tokenizer.token_to_id(END_OF_TURN)
         if end_of_turn is not None:
             stops = (*options.stop_token_ids, end_of_turn)
             options = dataclasses.replace(options, stop_token_ids=stops)
@@ -286,10 +286,6 @@ class TextGenerator:
             finish_reason=row.finish_reason or "cancelled",
             timings=row.timings(),
         )
-
-    def _end_of_turn_id(self) -> int | None:
-        ids = self.tokenizer.encode(END_OF_TURN, add_bos=False, add_eos=False)
-        return ids[0] if len(ids) == 1 else None
 
 
 def _always() -> bool:

@@ -6,6 +6,7 @@ from typing import Protocol
 from array_api_compat import array_namespace
 
 from gemma_deploy.runtime.sampling.candidates import Candidates
+from gemma_deploy.runtime.sampling.cumulative import passing_index
 
 _FIRST_TOP_P_TRY = 64
 _TOP_P_GROWTH = 8
@@ -64,9 +65,7 @@ class TopP:
             near = candidates.contenders(tried)
             descending = xp.flip(xp.sort(near.logits, stable=False), axis=0)
             weights = xp.exp(descending - peak)
-            # A candidate stays while those above it have not reached the mass.
-            above = xp.cumulative_sum(weights, dtype=xp.float64) - weights
-            kept = int(xp.sum(above < wanted, dtype=xp.int64))
-            if kept < len(near) or near is candidates:
-                return near.at_least(descending[max(kept, 1) - 1])
+            reached = float(xp.sum(weights))
+            if reached >= wanted or near is candidates:
+                return near.at_least(descending[passing_index(weights, wanted / reached)])
             tried *= _TOP_P_GROWTH

@@ -136,7 +136,7 @@ class TorchSession:
             ).last_hidden_state
             index = torch.from_numpy(logits_index).to(self._torch_device)[..., None]
             return model.logits(hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
-        except RuntimeError as err:
+        except (IndexError, RuntimeError) as err:
             raise SessionError(
                 f"torch failed on {self._torch_device} with {input_ids.shape[0]} rows of "
                 f"{input_ids.shape[1]} tokens: {err}"

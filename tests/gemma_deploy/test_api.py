@@ -1,0 +1,100 @@
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gemma_deploy
+from gemma_deploy.errors import BackendUnavailableError, OutputExistsError, RequestError
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]
+) -> Path:
+    folder = tmp_path_factory.mktemp("api") / "checkpoint"
+    shutil.copytree(tiny_checkpoint("gemma3"), folder)
+    GemmaTokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("api") / "bundle"
+    seen: list[Any] = []
+    exported = gemma_deploy.export(checkpoint, str(folder), on_progress=lambda *a: seen.append(a))
+    assert exported.folder == folder
+    assert seen
+    return folder
+
+
+def test_a_bundle_says_what_its_checkpoint_says(bundle: Path, checkpoint: Path) -> None:
+    tokens = []
+    for path in (bundle, str(checkpoint)):
+        with gemma_deploy.load(path, device="cpu") as generator:
+            results = generator.generate(["one", "one two three"], max_new_tokens=24)
+            tokens.append([result.token_ids for result in results])
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens[0][0])) > 12
+
+
+def test_load_hands_its_options_on(bundle: Path) -> None:
+    with gemma_deploy.load(bundle, "onnxruntime", "cpu", max_seq_len=33, threads=1) as generator:
+        assert generator.max_seq_len == 33
+        assert type(generator.session).__name__ == "OnnxRuntimeSession"
+
+
+def test_pipeline_takes_a_folder_or_a_loaded_model(bundle: Path) -> None:
+    from_folder = gemma_deploy.pipeline("text-generation", model=bundle, device="cpu", top_k=3)
+    with from_folder, gemma_deploy.load(bundle) as generator:
+        from_generator = gemma_deploy.pipeline(model=generator)
+        options = {"max_new_tokens": 6, "do_sample": False}
+        assert from_folder("one", **options) == from_generator("one", **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda _: gemma_deploy.load("google/gemma-2b"), RequestError, "export google/gemma-2b"),
+        (lambda b: gemma_deploy.load(b / "no"), RequestError, "does not exist"),
+        (lambda b: gemma_deploy.load(b, "tf"), RequestError, "backend is 'tf'"),
+        (lambda b: gemma_deploy.load(b, device="x"), RequestError, "device is 'x'"),
+        (lambda b: gemma_deploy.load(b, device="cuda:64"), BackendUnavailableError, "cuda:64"),
+        (lambda b: gemma_deploy.load(b, max_seq_len=0), RequestError, "max_seq_len is 0"),
+        (lambda b: gemma_deploy.pipeline("ner", model=b), RequestError, "only 'text-generation'"),
+        (lambda _: gemma_deploy.pipeline("text-generation"), RequestError, "model is missing"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    bundle: Path, call: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(bundle)
+
+
+def test_export_does_not_replace(bundle: Path, checkpoint: Path) -> None:
+    with pytest.raises(OutputExistsError, match="--force"):
+        gemma_deploy.export(checkpoint, bundle)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in gemma_deploy.__all__:
+        assert getattr(gemma_deploy, name).__name__ == name
+    assert gemma_deploy.__version__ == importlib.metadata.version("gemma-deploy")
+    assert {*gemma_deploy.__all__, "__version__"} <= set(dir(gemma_deploy))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = gemma_deploy.nothing
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = "import sys, gemma_deploy, gemma_deploy.api; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    heavy = {"torch", "numpy", "onnxruntime", "tokenizers", "jinja2"}
+    assert not heavy & set(done.stdout.split())

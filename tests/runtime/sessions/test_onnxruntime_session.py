@@ -1,0 +1,234 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from gemma_deploy.bundle import MANIFEST_FILE, Bundle
+from gemma_deploy.errors import BundleError, SessionError, UnsafePathError
+from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.generator import BatchGeneration
+from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+from gemma_deploy.runtime.sessions.torch_session import TorchSession
+
+# float32 logits of about 10: what a different order of summation leaves.
+TOLERANCE = 5e-4
+PARITY_MODELS = ["gemma1", "gemma1-mha-bias", "gemma2", "gemma3"]
+PROMPTS_PER_MODEL = 26
+NEW_TOKENS = 32
+
+
+def ragged_prompts(random_tokens: Any, count: int) -> list[list[int]]:
+    """Prompts of 1 to 40 tokens: below, at and far past the tiny windows of 8 and 16."""
+    tokens = random_tokens(count, 40).tolist()
+    return [tokens[i][: 1 + (i * 7) % 40] for i in range(count)]
+
+
+def greedy_texts(session: Any, prompts: list[list[int]], **arguments: Any) -> list[list[int]]:
+    cache = session.new_cache(len(prompts), 96)
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS)
+    batch = BatchGeneration(session, cache, prompts, options, **arguments)
+    for _ in batch.steps():
+        pass
+    return [list(row.new_tokens) for row in batch.rows]
+
+
+def transformers_texts(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    return [
+        model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARITY_MODELS)
+def test_greedy_text_is_transformers(
+    name: str, text_checkpoint: Any, onnxruntime_session: Any, oracle: Any, random_tokens: Any
+) -> None:
+    prompts = ragged_prompts(random_tokens, PROMPTS_PER_MODEL)
+    expected = transformers_texts(oracle(text_checkpoint(name)), prompts)
+    # A model that repeats itself would prove nothing.
+    assert np.mean([len(set(text)) for text in expected]) >= 20
+    session = onnxruntime_session(name)
+    assert [greedy_texts(session, [prompt])[0] for prompt in prompts] == expected
+    for size, chunk in ((4, 512), (4, 7), (26, 512)):
+        actual = [
+            text
+            for start in range(0, len(prompts), size)
+            for text in greedy_texts(session, prompts[start : start + size], prefill_chunk=chunk)
+        ]
+        assert actual == expected
+    both_graphs = onnxruntime_session(name, use_decode_graph=True)
+    assert greedy_texts(both_graphs, prompts) == expected
+
+
+def run_ids(session: Any, cache: Any, ids: Any, start: int, index: list[int]) -> Any:
+    rows = ids.shape[0]
+    return session.step(
+        ids, np.full(rows, start), np.tile(np.array(index, np.int64), (rows, 1)), cache
+    )
+
+
+@pytest.mark.parametrize("use_decode_graph", [False, True])
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_prefill_equals_as_many_decode_steps(
+    name: str, use_decode_graph: bool, onnxruntime_session: Any, random_tokens: Any
+) -> None:
+    session = onnxruntime_session(name, use_decode_graph=use_decode_graph)
+    ids = random_tokens(3, 30).numpy()
+    whole = run_ids(session, session.new_cache(3, 40), ids, 0, list(range(30))).copy()
+    cache = session.new_cache(3, 40)
+    for position in range(30):
+        step = run_ids(session, cache, ids[:, position : position + 1], position, [0])
+        np.testing.assert_allclose(step[:, 0], whole[:, position], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+@pytest.mark.parametrize("chunk", [5, 13])
+def test_chunks_equal_the_whole_and_torch(
+    name: str, chunk: int, text_checkpoint: Any, onnxruntime_session: Any, random_tokens: Any
+) -> None:
+    session = onnxruntime_session(name)
+    ids = random_tokens(2, 30).numpy()
+    oracle = TorchSession(text_checkpoint(name), device=Device(kind="cpu"), dtype="float32")
+    expected = run_ids(oracle, oracle.new_cache(2, 30), ids, 0, list(range(30))).numpy()
+    cache = session.new_cache(2, 30)
+    for start in range(0, 30, chunk):
+        part = ids[:, start : start + chunk]
+        logits = run_ids(session, cache, part, start, list(range(part.shape[1])))
+        np.testing.assert_allclose(
+            logits, expected[:, start : start + chunk], atol=TOLERANCE, rtol=0
+        )
+
+
+def test_a_row_of_a_cache_is_written_in_place(onnxruntime_session: Any, random_tokens: Any) -> None:
+    session = onnxruntime_session("gemma1")
+    ids = random_tokens(3, 10).numpy()
+    whole, apart = session.new_cache(3, 16), session.new_cache(3, 16)
+    run_ids(session, whole, ids, 0, [9])
+    for row in (2, 0, 1):
+        run_ids(session, apart.rows(row, row + 1), ids[row : row + 1], 0, [9])
+    for one, other in zip(whole.tensors, apart.tensors, strict=True):
+        _, memory = one.owner
+        _, other_memory = other.owner
+        assert memory[:, :, :10].any()
+        np.testing.assert_allclose(
+            memory[:, :, :10], other_memory[:, :, :10], atol=TOLERANCE, rtol=0
+        )
+        assert not memory[:, :, 10:].any()
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma2"])
+def test_what_lies_behind_a_rows_tokens_is_never_seen(
+    name: str, onnxruntime_session: Any, random_tokens: Any
+) -> None:
+    session = onnxruntime_session(name)
+    ids = random_tokens(2, 12).numpy()
+    clean, dirty = session.new_cache(2, 16), session.new_cache(2, 16)
+    for tensor in dirty.tensors:
+        tensor.owner[1][:] = 100.0
+    for start, stop in ((0, 10), (10, 11), (11, 12)):
+        part = ids[:, start:stop]
+        expected = run_ids(session, clean, part, start, [0]).copy()
+        np.testing.assert_array_equal(run_ids(session, dirty, part, start, [0]), expected)
+
+
+def test_logits_memory_is_used_again(onnxruntime_session: Any, random_tokens: Any) -> None:
+    session = onnxruntime_session("gemma1")
+    ids = random_tokens(2, 1).numpy()
+    cache = session.new_cache(2, 8)
+    first = run_ids(session, cache, ids, 0, [0])
+    assert run_ids(session, cache, ids, 1, [0]) is first
+
+
+def test_a_step_beyond_the_cache_is_refused(onnxruntime_session: Any) -> None:
+    session = onnxruntime_session("gemma1")
+    cache = session.new_cache(1, 8)
+    with pytest.raises(SessionError, match="2 tokens at position 7 do not fit a KV cache of 8"):
+        run_ids(session, cache, np.ones((1, 2), np.int64), 7, [0])
+
+
+def test_a_foreign_cache_is_refused(onnxruntime_session: Any) -> None:
+    with pytest.raises(SessionError, match="cache is a list; expected one from this session"):
+        run_ids(onnxruntime_session("gemma1"), [], np.ones((1, 1), np.int64), 0, [0])
+
+
+def test_a_failure_in_the_graph_is_a_session_error(onnxruntime_session: Any) -> None:
+    session = onnxruntime_session("gemma1")
+    beyond = np.full((1, 1), 512, np.int64)
+    with pytest.raises(SessionError, match=r"failed in prefill\.onnx with 1 rows of 1 tokens"):
+        run_ids(session, session.new_cache(1, 8), beyond, 0, [0])
+
+
+@pytest.fixture
+def changed_bundle(tmp_path: Path, text_bundle: Any) -> Any:
+    """Return a function that changes a graph of a copied bundle and opens the copy."""
+
+    def change(edit: Any) -> Bundle:
+        folder = tmp_path / "bundle"
+        shutil.copytree(text_bundle("gemma1"), folder)
+        graph = folder / "prefill.onnx"
+        model = onnx.load(graph, load_external_data=False)
+        edit(model)
+        graph.write_bytes(model.SerializeToString())
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        manifest["files"]["prefill.onnx"]["size_bytes"] = graph.stat().st_size
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+        return Bundle.open(folder)
+
+    return change
+
+
+def load(bundle: Bundle) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession(bundle, device=Device(kind="cpu"), threads=1)
+
+
+def test_external_data_outside_the_bundle_is_refused(changed_bundle: Any) -> None:
+    def point_outside(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.external_data)
+        next(e for e in tensor.external_data if e.key == "location").value = "../secret"
+
+    with pytest.raises(UnsafePathError, match="leads out of the bundle"):
+        load(changed_bundle(point_outside))
+
+
+def test_graphs_of_another_spec_are_refused(changed_bundle: Any) -> None:
+    def rename(model: onnx.ModelProto) -> None:
+        name = model.graph.input[1].name
+        model.graph.input[1].name = "positions"
+        for node in model.graph.node:
+            node.input[:] = ["positions" if n == name else n for n in node.input]
+
+    with pytest.raises(BundleError, match=r"prefill\.onnx has the inputs .*positions.*; expected"):
+        load(changed_bundle(rename))
+
+
+def test_graphs_of_another_shape_are_refused(changed_bundle: Any) -> None:
+    def widen(model: onnx.ModelProto) -> None:
+        cache = next(i for i in model.graph.input if i.name == "past_key_values.0.key")
+        cache.type.tensor_type.shape.dim[3].ClearField("value")
+        cache.type.tensor_type.shape.dim[3].dim_value = 32
+
+    with pytest.raises((BundleError, SessionError)) as caught:
+        load(changed_bundle(widen))
+    assert "past_key_values.0.key" in str(caught.value)
+
+
+def test_a_graph_that_is_no_graph_is_refused(changed_bundle: Any) -> None:
+    def empty(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "NoSuchOperator"
+
+    with pytest.raises(SessionError, match=r"cannot load .*prefill\.onnx.*gemma-deploy verify"):
+        load(changed_bundle(empty))

@@ -1,0 +1,197 @@
+"""The loop, on a session that needs no model and notices every misplaced token."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gemma_deploy.errors import NonFiniteLogitsError
+from gemma_deploy.runtime.generator import BatchGeneration
+from gemma_deploy.runtime.request import GenerationOptions
+
+VOCAB_SIZE = 16
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9]]
+
+
+def script(prompt: Sequence[int], count: int) -> list[int]:
+    """What the scripted session says: the sum of everything so far plus one."""
+    sequence = list(prompt)
+    for _ in range(count):
+        sequence.append((sum(sequence) + 1) % VOCAB_SIZE)
+    return sequence[len(prompt) :]
+
+
+def start(
+    session: Any, prompts: list[list[int]], *, capacity: int = 64, **arguments: Any
+) -> BatchGeneration:
+    options = GenerationOptions(**arguments.pop("options", {"max_new_tokens": 10}))
+    cache = session.new_cache(len(prompts), capacity)
+    return BatchGeneration(session, cache, prompts, options, **arguments)
+
+
+def run(session: Any, prompts: list[list[int]], **arguments: Any) -> BatchGeneration:
+    batch = start(session, prompts, **arguments)
+    for _ in batch.steps():
+        pass
+    return batch
+
+
+def texts(batch: BatchGeneration) -> list[list[int]]:
+    return [list(row.new_tokens) for row in batch.rows]
+
+
+def test_ragged_prompts_run_as_one_batch(scripted_session: Any) -> None:
+    batch = run(scripted_session, PROMPTS)
+    assert texts(batch) == [script(prompt, 10) for prompt in PROMPTS]
+    assert [row.finish_reason for row in batch.rows] == ["length"] * 4
+    assert scripted_session.steps == [(4, 7)] + [(4, 1)] * 9
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+def test_long_prompts_run_in_chunks_row_by_row(scripted_session: Any, chunk: int) -> None:
+    batch = run(scripted_session, PROMPTS, prefill_chunk=chunk)
+    assert texts(batch) == [script(prompt, 10) for prompt in PROMPTS]
+    prefill = scripted_session.steps[:-9]
+    assert all(rows == 1 and length <= chunk for rows, length in prefill)
+    assert sum(length for _, length in prefill) == sum(map(len, PROMPTS))
+
+
+def test_a_stop_token_ends_its_row_only(scripted_session: Any) -> None:
+    stop = script(PROMPTS[0], 4)[3]
+    batch = run(scripted_session, PROMPTS, stop_token_ids=[stop])
+    for row, prompt in zip(batch.rows, PROMPTS, strict=True):
+        expected = script(prompt, 10)
+        if stop in expected:
+            assert row.finish_reason == "stop"
+            assert list(row.new_tokens) == expected[: expected.index(stop) + 1]
+        else:
+            assert row.finish_reason == "length"
+            assert list(row.new_tokens) == expected
+    assert {row.finish_reason for row in batch.rows} == {"stop", "length"}
+
+
+def test_the_end_of_the_cache_ends_a_row(scripted_session: Any) -> None:
+    batch = run(scripted_session, PROMPTS, capacity=8)
+    # The last token needs no room: nothing is read after it.
+    assert texts(batch) == [script(prompt, min(10, 8 - len(prompt) + 1)) for prompt in PROMPTS]
+    assert [row.finish_reason for row in batch.rows] == ["length"] * 4
+
+
+def test_a_prompt_that_fills_the_cache_gets_one_token(scripted_session: Any) -> None:
+    batch = run(scripted_session, [[1, 2, 3]], capacity=3)
+    assert texts(batch) == [script([1, 2, 3], 1)]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_cancelled_keeps_what_was_generated(scripted_session: Any, step: int) -> None:
+    batch = start(scripted_session, PROMPTS)
+    calls = iter(range(100))
+    for _ in batch.steps(lambda: next(calls) >= step):
+        pass
+    assert texts(batch) == [script(prompt, step) for prompt in PROMPTS]
+    assert {row.finish_reason for row in batch.rows} == {"cancelled"}
+
+
+def test_cancelled_between_chunks_runs_no_further(scripted_session: Any) -> None:
+    batch = start(scripted_session, PROMPTS, prefill_chunk=2)
+    for _ in batch.steps(lambda: len(scripted_session.steps) >= 3):
+        pass
+    assert len(scripted_session.steps) == 3
+    assert texts(batch) == [[], [], [], []]
+    assert {row.finish_reason for row in batch.rows} == {"cancelled"}
+
+
+def test_ctrl_c_in_a_step_keeps_what_was_generated(scripted_session: Any) -> None:
+    def interrupt(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    scripted_session.on_step = interrupt
+    batch = run(scripted_session, PROMPTS)
+    assert texts(batch) == [script(prompt, 3) for prompt in PROMPTS]
+    assert {row.finish_reason for row in batch.rows} == {"cancelled"}
+
+
+def test_closing_the_iterator_cancels(scripted_session: Any) -> None:
+    batch = start(scripted_session, PROMPTS)
+    steps = batch.steps()
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]  # steps is a generator
+    assert texts(batch) == [script(prompt, 1) for prompt in PROMPTS]
+    assert {row.finish_reason for row in batch.rows} == {"cancelled"}
+
+
+def test_a_batch_cancelled_from_outside_stops(scripted_session: Any) -> None:
+    batch = start(scripted_session, PROMPTS)
+    batch.cancel()
+    assert list(batch.steps()) == []
+    assert scripted_session.steps == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_logits_name_the_step_and_the_remedy(
+    scripted_session: Any, value: float
+) -> None:
+    scripted_session.logits_at_step = {2: value}
+    message = r"NaN or infinity for new token 3 \(after 6 tokens.*--dtype bfloat16 or float32"
+    with pytest.raises(NonFiniteLogitsError, match=message):
+        run(scripted_session, PROMPTS)
+
+
+def test_non_finite_logits_of_an_ended_row_do_not_matter(scripted_session: Any) -> None:
+    prompts = [PROMPTS[1], PROMPTS[0]]
+    stop = script(PROMPTS[0], 1)[0]
+    assert stop not in script(PROMPTS[1], 4)
+    scripted_session.logits_at_step = {1: float("nan")}  # of the last row, which has ended
+    batch = run(scripted_session, prompts, stop_token_ids=[stop], options={"max_new_tokens": 4})
+    assert texts(batch) == [script(PROMPTS[1], 4), [stop]]
+
+
+SAMPLED = {"max_new_tokens": 20, "temperature": 3.0}
+
+
+def test_a_seed_decides_the_text(scripted_session: Any) -> None:
+    def sample(**options: Any) -> list[list[int]]:
+        return texts(run(scripted_session, PROMPTS, options={**SAMPLED, **options}))
+
+    assert sample(seed=1) == sample(seed=1)
+    assert sample(seed=1) != sample(seed=2)
+    assert sample() != sample()
+
+
+def test_the_same_prompt_in_two_rows_gets_two_texts(scripted_session: Any) -> None:
+    first, second = texts(run(scripted_session, [[1, 2]] * 2, options={**SAMPLED, "seed": 1}))
+    assert first != second
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12), min_size=1, max_size=5
+    ),
+    st.integers(1, 12),
+    st.sampled_from([{}, {"temperature": 3.0}, {"top_k": 4, "repetition_penalty": 2.0}]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it keeps no state
+def test_a_row_does_not_depend_on_its_neighbours(
+    scripted_session: Any, prompts: list[list[int]], chunk: int, sampling: dict[str, Any]
+) -> None:
+    options = {"max_new_tokens": 8, "seed": 5, **sampling}
+    arguments: dict[str, Any] = {"options": options, "stop_token_ids": [7]}
+    together = texts(run(scripted_session, prompts, prefill_chunk=chunk, **arguments))
+    for number, prompt in enumerate(prompts):
+        alone = run(scripted_session, [prompt], first_row=number, **arguments)
+        assert texts(alone) == [together[number]]
+
+
+def test_timings_are_of_the_row(scripted_session: Any) -> None:
+    scripted_session.on_step = lambda _: time.sleep(0.002)
+    batch = run(scripted_session, PROMPTS)
+    for row, prompt in zip(batch.rows, PROMPTS, strict=True):
+        timings = row.timings()
+        assert (timings.prompt_tokens, timings.new_tokens) == (len(prompt), 10)
+        assert timings.ttft_s is not None
+        assert 0.002 <= timings.ttft_s < timings.total_s
+        assert timings.total_s >= 0.02

@@ -1,0 +1,126 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from gemma_deploy.errors import RequestError
+from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.runtime.text_generator import TextGenerator
+
+TEXTS = ["The for statement", "Names refer to"]
+CHAT = [{"role": "user", "content": "a tuple or a list"}]
+
+
+@pytest.fixture(scope="module")
+def pipeline(text_bundle: Any) -> Iterator[TextGenerationPipeline]:
+    generator = TextGenerator.open(ModelSource.open(text_bundle("gemma1")), threads=1)
+    with TextGenerationPipeline(generator) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def expected(text_checkpoint: Any) -> Any:
+    folder = text_checkpoint("gemma1")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+
+OPTIONS = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.mark.parametrize("extra", [{}, {"return_full_text": False}, {"repetition_penalty": 1.3}])
+def test_texts_are_transformers(pipeline: Any, expected: Any, extra: Any) -> None:
+    one = pipeline(TEXTS[0], **OPTIONS, **extra)
+    assert one == expected(TEXTS[0], **OPTIONS, **extra)
+    several = pipeline(TEXTS, **OPTIONS, **extra)
+    assert several == expected(TEXTS, **OPTIONS, **extra)
+    assert several[0] == one
+
+
+def test_a_chat_gets_an_answer(pipeline: Any) -> None:
+    (answer,) = pipeline(CHAT, **OPTIONS)
+    messages = answer["generated_text"]
+    assert messages[:-1] == CHAT
+    assert messages[-1]["role"] == "assistant"
+    with pipeline.generator.chat(CHAT, max_new_tokens=12) as stream:
+        assert messages[-1]["content"] == "".join(stream)
+    (short,) = pipeline(CHAT, return_full_text=False, **OPTIONS)
+    assert short == {"generated_text": messages[-1]["content"]}
+    assert pipeline([CHAT, CHAT], **OPTIONS) == [[answer], [answer]]
+
+
+def test_several_sequences_of_one_text(pipeline: Any) -> None:
+    options = {"max_new_tokens": 12, "do_sample": True, "seed": 1, "temperature": 2.0}
+    sequences = pipeline(TEXTS[0], num_return_sequences=3, **options)
+    assert len({sequence["generated_text"] for sequence in sequences}) == 3
+    assert pipeline(TEXTS, num_return_sequences=3, **options)[0] == sequences
+
+
+def options_of(pipeline: TextGenerationPipeline, **settings: Any) -> Any:
+    return pipeline._options(settings)
+
+
+def test_defaults_are_transformers_pipelines(pipeline: Any) -> None:
+    options = options_of(pipeline)
+    assert (options.max_new_tokens, options.temperature, options.top_k) == (256, 0.7, 50)
+    assert options.top_p is None
+
+
+def test_generation_config_stands_in_for_what_is_not_given(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Gemma 3's.
+    stated = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
+    monkeypatch.setattr(pipeline.generator, "generation_config", stated)
+    options = options_of(pipeline, top_k=5)
+    assert (options.top_k, options.top_p, options.temperature) == (5, 0.95, 0.7)
+    greedy = options_of(pipeline, do_sample=False)
+    assert greedy.is_greedy
+
+
+def test_eos_token_id_replaces_the_models(pipeline: Any) -> None:
+    assert not options_of(pipeline).ignore_eos
+    for given, expected_ids in ((9, (9,)), ([9, 10], (9, 10))):
+        options = options_of(pipeline, eos_token_id=given)
+        assert options.ignore_eos
+        assert options.stop_token_ids == expected_ids
+
+
+def test_keywords_of_the_pipeline_are_defaults_of_its_calls(pipeline: Any) -> None:
+    short = TextGenerationPipeline(pipeline.generator, **OPTIONS, return_full_text=False)
+    (given,) = short(TEXTS[0])
+    assert given == pipeline(TEXTS[0], return_full_text=False, **OPTIONS)[0]
+    (longer,) = short(TEXTS[0], max_new_tokens=13)
+    assert longer["generated_text"].startswith(given["generated_text"])
+    assert longer != given
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings", "message"),
+    [
+        (
+            "x",
+            {"num_beams": 4},
+            "unknown keyword argument num_beams; the pipeline knows batch_size",
+        ),
+        ("x", {"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ("x", {"num_return_sequences": 2, "do_sample": False}, "set do_sample=True"),
+        ("x", {"temperature": 0.0}, "temperature is 0 with do_sample=True"),
+        (["x", CHAT], {}, "text_inputs mixes texts and chats"),
+        ([[]], {}, "text_inputs mixes texts and chats, or holds neither"),
+    ],
+)
+def test_what_cannot_be_is_refused(pipeline: Any, inputs: Any, settings: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipeline(inputs, **{"max_new_tokens": 2, **settings})
+
+
+def test_an_unknown_keyword_is_refused_at_once(pipeline: Any) -> None:
+    with pytest.raises(RequestError, match="unknown keyword argument beams"):
+        TextGenerationPipeline(pipeline.generator, beams=3)

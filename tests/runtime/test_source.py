@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_deploy.errors import CheckpointError, RequestError
+from gemma_deploy.runtime.source import ModelSource
+
+
+def write_checkpoint(folder: Path, generation: Any = None) -> Path:
+    config = {"model_type": "gemma", "eos_token_id": 1, "max_position_embeddings": 99}
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_bundle_and_checkpoint_say_the_same(text_bundle: Any, text_checkpoint: Any) -> None:
+    bundle = ModelSource.open(text_bundle("gemma2"))
+    checkpoint = ModelSource.open(text_checkpoint("gemma2"))
+    assert bundle.bundle is not None
+    assert checkpoint.bundle is None
+    for name in ("config", "generation_config", "max_seq_len", "eos_token_ids"):
+        assert getattr(bundle, name) == getattr(checkpoint, name)
+    assert bundle.eos_token_ids == {1, 7}
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, {1}),
+        ({}, {1}),
+        ({"eos_token_id": None}, {1}),
+        ({"eos_token_id": 106}, {1, 106}),
+        ({"eos_token_id": [1, 106]}, {1, 106}),
+    ],
+)
+def test_every_end_of_text_counts(tmp_path: Path, generation: Any, expected: set[int]) -> None:
+    source = ModelSource.open(write_checkpoint(tmp_path, generation))
+    assert source.eos_token_ids == expected
+    assert source.max_seq_len == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read as JSON"), ("[1]", "holds list, expected")]
+)
+def test_a_broken_generation_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        ModelSource.open(tmp_path)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match=r"neither a bundle \(no manifest.json\) nor a checkpoint"
+    ):
+        ModelSource.open(tmp_path)
+    with pytest.raises(RequestError, match="does not exist; expected the folder of a bundle"):
+        ModelSource.open(tmp_path / "missing")
+
+
+def test_a_hub_id_is_told_from_a_missing_folder() -> None:
+    message = (
+        "google/gemma-2b does not exist.*`gemma-deploy export google/gemma-2b --output BUNDLE`"
+    )
+    with pytest.raises(RequestError, match=message):
+        ModelSource.open(Path("google/gemma-2b"))

@@ -1,0 +1,309 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma_deploy.errors import (
+    NonFiniteLogitsError,
+    PromptTooLongError,
+    RequestError,
+)
+from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.runtime.text_generator import TextGenerator
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+PROMPTS = ["The for statement", "Names", "The while statement is used for", "a tuple or a list"]
+
+
+@pytest.fixture(scope="module")
+def generator(text_bundle: Any) -> Iterator[TextGenerator]:
+    with TextGenerator.open(ModelSource.open(text_bundle("gemma1")), threads=1) as generator:
+        yield generator
+
+
+def make_generator(text_checkpoint: Any, session: Any, **arguments: Any) -> TextGenerator:
+    """A generator whose model is a script; the tokenizer is real."""
+    folder = text_checkpoint("gemma1")
+    session.vocab_size = 512
+    return TextGenerator(
+        session, GemmaTokenizer.from_pretrained(folder), ModelSource.open(folder), **arguments
+    )
+
+
+def test_one_result_for_each_prompt(generator: TextGenerator) -> None:
+    results = generator.generate(PROMPTS, max_new_tokens=12)
+    assert [result.prompt for result in results] == PROMPTS
+    for result in results:
+        assert list(result.prompt_token_ids) == generator.tokenizer.encode(result.prompt)
+        assert result.text == generator.tokenizer.decode(result.token_ids)
+        assert len(result.token_ids) == 12
+        assert result.finish_reason == "length"
+        assert set(result.to_dict()) == {
+            "prompt",
+            "text",
+            "prompt_token_ids",
+            "token_ids",
+            "finish_reason",
+            "timings",
+        }
+
+
+def test_one_prompt_may_be_a_str(generator: TextGenerator) -> None:
+    (alone,) = generator.generate(PROMPTS[0], max_new_tokens=5)
+    assert alone.text == generator.generate(PROMPTS, max_new_tokens=5)[0].text
+    assert generator.generate([]) == []
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_batch_size_does_not_change_the_text(
+    generator: TextGenerator, sampling: Any, batch_size: int
+) -> None:
+    expected = [r.text for r in generator.generate(PROMPTS, max_new_tokens=12, **sampling)]
+    results = generator.generate(PROMPTS, max_new_tokens=12, batch_size=batch_size, **sampling)
+    assert [result.text for result in results] == expected
+
+
+def test_overrides_replace_options(generator: TextGenerator) -> None:
+    options = GenerationOptions(max_new_tokens=9, temperature=1.0, seed=1)
+    (result,) = generator.generate("Names", options, max_new_tokens=3)
+    assert len(result.token_ids) == 3
+    assert result.token_ids == generator.generate("Names", options)[0].token_ids[:3]
+
+
+def test_the_text_excludes_the_token_that_ended_it(generator: TextGenerator) -> None:
+    (free,) = generator.generate("Names", max_new_tokens=12)
+    stop = free.token_ids[5]
+    assert stop not in free.token_ids[:5]
+    (result,) = generator.generate("Names", max_new_tokens=12, stop_token_ids=(stop,))
+    assert result.finish_reason == "stop"
+    assert result.token_ids == free.token_ids[:6]
+    assert result.text == generator.tokenizer.decode(free.token_ids[:5])
+    with generator.stream("Names", max_new_tokens=12, stop_token_ids=(stop,)) as stream:
+        assert "".join(stream) == result.text
+
+
+def test_the_models_own_ends_stop_unless_ignored(
+    text_checkpoint: Any, scripted_session: Any
+) -> None:
+    generator = make_generator(text_checkpoint, scripted_session)
+    ids = generator.tokenizer.encode("Names")
+    # The script says the sum of the ids plus one: pick the prompt's end so that this is id 7.
+    filler = (7 - 1 - sum(ids)) % 512
+    word = generator.tokenizer.id_to_token(filler).replace("\u2581", " ")
+    prompt = "Names" + word
+    assert generator.tokenizer.encode(prompt) == [*ids, filler]
+    (result,) = generator.generate(prompt, max_new_tokens=4)
+    assert (result.token_ids, result.text, result.finish_reason) == ((7,), "", "stop")
+    (result,) = generator.generate(prompt, max_new_tokens=4, ignore_eos=True)
+    assert (len(result.token_ids), result.finish_reason) == (4, "length")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 0}])
+def test_streamed_pieces_are_the_text(generator: TextGenerator, prompt: str, sampling: Any) -> None:
+    options = GenerationOptions(max_new_tokens=30, ignore_eos=True, **sampling)
+    (expected,) = generator.generate(prompt, options)
+    stream = generator.stream(prompt, options)
+    pieces = list(stream)
+    assert all(pieces)
+    assert len(pieces) > 5
+    assert "".join(pieces) == stream.result.text == expected.text
+    assert stream.result.token_ids == expected.token_ids
+    assert stream.result.finish_reason == "length"
+
+
+def test_pieces_come_as_soon_as_their_tokens(text_checkpoint: Any, scripted_session: Any) -> None:
+    generator = make_generator(text_checkpoint, scripted_session)
+    stream = generator.stream("Names", max_new_tokens=10)
+    assert scripted_session.steps == []
+    next(stream)
+    assert len(scripted_session.steps) < 10
+
+
+def test_closing_a_stream_keeps_what_there_was(generator: TextGenerator) -> None:
+    stream = generator.stream(PROMPTS[0], max_new_tokens=30)
+    with pytest.raises(RequestError, match="the stream has not ended"):
+        _ = stream.result
+    first = next(stream)
+    stream.close()
+    assert stream.result.finish_reason == "cancelled"
+    assert stream.result.text == first
+    assert list(stream) == []
+
+
+def test_a_new_call_cancels_an_open_stream(generator: TextGenerator) -> None:
+    (expected,) = generator.generate("Names", max_new_tokens=8)
+    stream = generator.stream(PROMPTS[0], max_new_tokens=30)
+    first = next(stream)
+    assert generator.generate("Names", max_new_tokens=8)[0].text == expected.text
+    assert list(stream) == []
+    assert stream.result.finish_reason == "cancelled"
+    assert stream.result.text == first
+
+
+def test_ctrl_c_returns_what_was_generated(text_checkpoint: Any, scripted_session: Any) -> None:
+    def interrupt(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    scripted_session.on_step = interrupt
+    generator = make_generator(text_checkpoint, scripted_session)
+    results = generator.generate(PROMPTS, max_new_tokens=4, batch_size=1)
+    reasons = [result.finish_reason for result in results]
+    assert reasons == ["length", "cancelled", "cancelled", "cancelled"]
+    assert [len(result.token_ids) for result in results] == [4, 1, 0, 0]
+    scripted_session.on_step = lambda _: None
+    assert generator.generate("Names", max_new_tokens=4)[0].finish_reason == "length"
+
+
+def test_cancelling_ends_the_call(generator: TextGenerator) -> None:
+    results = generator.generate(PROMPTS, is_cancelled=lambda: True)
+    assert [(r.finish_reason, r.token_ids) for r in results] == [("cancelled", ())] * 4
+    stream = generator.stream("Names", is_cancelled=lambda: True)
+    assert list(stream) == []
+    assert stream.result.finish_reason == "cancelled"
+
+
+def test_a_chat_stops_at_the_end_of_the_turn(text_checkpoint: Any, scripted_session: Any) -> None:
+    generator = make_generator(text_checkpoint, scripted_session)
+    end_of_turn = generator.tokenizer.token_to_id("<end_of_turn>")
+    assert end_of_turn not in generator.eos_token_ids
+    messages = [{"role": "user", "content": "Names"}]
+    free = generator.chat(messages, max_new_tokens=6)
+    list(free)
+    assert list(free.result.prompt_token_ids) == generator.tokenizer.encode_chat(messages)
+    assert free.result.prompt == generator.tokenizer.apply_chat_template(messages)
+    said = np.zeros(512, np.float32)
+    said[end_of_turn] = 1
+    scripted_session.steps.clear()
+    scripted_session.logits_at_step = {3: said}
+    stream = generator.chat(messages, max_new_tokens=6)
+    assert "".join(stream) == stream.result.text
+    assert stream.result.finish_reason == "stop"
+    assert stream.result.token_ids == (*free.result.token_ids[:3], end_of_turn)
+    assert "<end_of_turn>" not in stream.result.text
+
+
+def test_a_chat_without_messages_is_refused(generator: TextGenerator) -> None:
+    with pytest.raises(RequestError, match="the chat has no messages"):
+        generator.chat([])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g: g.generate(["Names", ""]), "prompt 1 is empty"),
+        (lambda g: g.stream(""), "prompt 0 is empty"),
+        (lambda g: g.generate("Names", top_q=3), "unknown option top_q; expected ignore_eos, max_"),
+        (lambda g: g.generate("Names", batch_size=0), "batch_size is 0; it must be at least 1"),
+        (lambda g: g.generate("Names", max_new_tokens=0), "max_new_tokens is 0"),
+    ],
+)
+def test_requests_that_cannot_be(generator: TextGenerator, call: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        call(generator)
+
+
+def test_ids_beyond_the_embedding_are_refused(
+    text_checkpoint: Any, scripted_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = make_generator(text_checkpoint, scripted_session)
+    monkeypatch.setattr(generator.tokenizer, "encode", lambda _: [2, 512])
+    with pytest.raises(RequestError, match=r"prompt 0 holds token id 512; .* ids 0 to 511"):
+        generator.generate("anything")
+
+
+def test_ids_the_tokenizer_does_not_have_are_no_text(
+    text_checkpoint: Any, scripted_session: Any
+) -> None:
+    folder = text_checkpoint("gemma1")
+    small = GemmaTokenizer()  # five tokens; the embedding has 512
+    generator = TextGenerator(scripted_session, small, ModelSource.open(folder))
+    scripted_session.vocab_size = 512
+    stream = generator.stream("Names", max_new_tokens=9)
+    text = "".join(stream)
+    assert max(stream.result.token_ids) >= small.vocab_size
+    assert text == stream.result.text == generator.generate("Names", max_new_tokens=9)[0].text
+
+
+def test_a_long_prompt_is_refused_before_anything_runs(
+    text_checkpoint: Any, scripted_session: Any
+) -> None:
+    generator = make_generator(text_checkpoint, scripted_session, max_seq_len=16)
+    with pytest.raises(PromptTooLongError, match="the KV cache holds 16"):
+        generator.generate(["Names", "The for statement " * 9])
+    assert scripted_session.steps == []
+
+
+def test_max_seq_len_is_a_hard_capacity(text_bundle: Any) -> None:
+    source = ModelSource.open(text_bundle("gemma1"))
+    with TextGenerator.open(source, max_seq_len=16, threads=1) as generator:
+        assert generator.max_seq_len == 16
+        (result,) = generator.generate("Names", max_new_tokens=100)
+        assert result.finish_reason == "length"
+        assert len(result.prompt_token_ids) + len(result.token_ids) == 16 + 1
+    with pytest.raises(RequestError, match="max_seq_len is 513; this model is made for 1 to 512"):
+        TextGenerator.open(source, max_seq_len=513)
+
+
+def test_the_cache_is_allocated_once(text_checkpoint: Any, scripted_session: Any) -> None:
+    generator = make_generator(text_checkpoint, scripted_session, max_seq_len=64)
+    allocated: list[tuple[int, int]] = []
+    new_cache = scripted_session.new_cache
+
+    def counted(batch_size: int, max_seq_len: int) -> Any:
+        allocated.append((batch_size, max_seq_len))
+        return new_cache(batch_size, max_seq_len)
+
+    scripted_session.new_cache = counted
+    for _ in range(2):
+        generator.generate(PROMPTS[:3], max_new_tokens=3)
+        list(generator.stream("Names", max_new_tokens=3))
+    assert allocated == [(3, 64)]
+
+
+def test_nan_is_an_error_and_leaves_no_trace(text_checkpoint: Any, scripted_session: Any) -> None:
+    generator = make_generator(text_checkpoint, scripted_session)
+    expected = generator.generate("Names", max_new_tokens=3)[0].token_ids
+    cache = generator._cache
+    scripted_session.steps.clear()
+    scripted_session.logits_at_step = {1: float("nan")}
+    stream = generator.stream("Names", max_new_tokens=3)
+    with pytest.raises(NonFiniteLogitsError, match="new token 2"):
+        list(stream)
+    assert generator._cache is not cache
+    assert generator.generate("Names", max_new_tokens=3)[0].token_ids == expected
+
+
+def test_leaving_the_block_closes_the_session(text_checkpoint: Any, scripted_session: Any) -> None:
+    with make_generator(text_checkpoint, scripted_session):
+        assert not scripted_session.is_closed
+    assert scripted_session.is_closed
+
+
+def test_a_bundle_runs_without_torch(text_bundle: Any) -> None:
+    program = """
+import sys
+import gemma_deploy
+with gemma_deploy.load(sys.argv[1], threads=1) as generator:
+    options = {"max_new_tokens": 4}
+    print(len(generator.generate(["Names", "a tuple"], **options)[1].token_ids))
+    print(bool("".join(generator.stream("Names", temperature=1.0, top_p=0.9, top_k=9, **options))))
+    list(generator.chat([{"role": "user", "content": "Names"}], repetition_penalty=1.1, **options))
+    gemma_deploy.pipeline("text-generation", model=generator)("Names", max_new_tokens=2)
+print(sorted(name for name in ("torch", "onnx", "transformers") if name in sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(text_bundle("gemma1"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[:2] == ["4", "True"]
+    assert "torch" not in done.stdout
+    assert done.stderr == ""
