@@ -1,5 +1,6 @@
 """`gemma-deploy generate`: prompts in, continuations out."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,7 @@ def command(
         generator = load(
             bundle, backend=backend, device=device, max_seq_len=max_seq_len, threads=threads
         )
+    started = time.perf_counter()
     with generator, cancel_on_interrupt() as is_cancelled:
         if chat:
             outputs = _answers(generator, texts, system, options, is_cancelled)
@@ -111,7 +113,7 @@ def command(
                 )
             outputs = iter(found)
         results = _print(outputs, texts, is_streamed=not (as_json or no_stream), as_json=as_json)
-    _summarize(results)
+    _summarize(results, time.perf_counter() - started)
     if any(result.finish_reason == "cancelled" for result in results):
         raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE)
 
@@ -173,22 +175,28 @@ def _shortened(text: str) -> str:
     return line if len(line) <= _HEADER_CHARACTERS else line[: _HEADER_CHARACTERS - 3] + "..."
 
 
-def _summarize(results: Sequence["GenerationResult"]) -> None:
-    """Say how it ended and how long it took."""
-    for number, result in enumerate(results, 1):
-        which = f"[{number}/{len(results)}] " if len(results) > 1 else ""
-        notice(f"{which}{summary(result)}")
-
-
 def summary(result: "GenerationResult") -> str:
     """Return how a generation ended, its length and its speed, as one line."""
     timings = result.timings
     ends = {"stop": "complete", "length": "stopped at the limit", "cancelled": "interrupted"}
     parts = [
-        f"{ends[result.finish_reason]}, {timings.new_tokens} tokens in {timings.total_s:.2f} s"
+        f"{ends[result.finish_reason]}: {timings.new_tokens} tokens in {timings.total_s:.2f} s"
     ]
     if timings.ttft_s is not None:
-        parts.append(f"first after {timings.ttft_s:.2f} s ({timings.prompt_tokens} prompt tokens)")
+        parts.append(f"first after {timings.ttft_s:.3f} s ({timings.prompt_tokens} prompt tokens)")
     if timings.decode_tokens_per_s is not None:
         parts.append(f"then {timings.decode_tokens_per_s:.1f} tokens/s")
     return ", ".join(parts)
+
+
+def _summarize(results: Sequence["GenerationResult"], seconds: float) -> None:
+    if len(results) == 1:
+        notice(summary(results[0]))
+        return
+    tokens = sum(result.timings.new_tokens for result in results)
+    cut = sum(result.finish_reason == "cancelled" for result in results)
+    interrupted = f", {cut} of them interrupted" if cut else ""
+    notice(
+        f"{len(results)} prompts{interrupted}: {tokens} tokens in {seconds:.2f} s, "
+        f"{tokens / seconds:.1f} tokens/s"
+    )

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _GENERATIONS = {"gemma": "Gemma 1", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3"}
 _SHORT_SEQ_LEN = 1024
-_PREFILL_TOKENS = 512
 
 
 @click.command(
@@ -54,12 +53,13 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
     prompt is read; what the backend itself needs comes on top.
     """
     from gemma_deploy.inspection import inspect_folder
+    from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS
 
     inspection = inspect_folder(path)
     limit = inspection.config.max_position_embeddings
     estimates = [
         inspection.estimate(
-            batch_size=batch_size, max_seq_len=length, prefill_tokens=_PREFILL_TOKENS
+            batch_size=batch_size, max_seq_len=length, prefill_tokens=PREFILL_CHUNK_TOKENS
         )
         for length in lengths or sorted({min(_SHORT_SEQ_LEN, limit), limit})
     ]

@@ -122,6 +122,9 @@ def bundle_checkpoint(
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     shutil.copytree(tiny_checkpoint("gemma1"), folder)
     _write_tokenizer(folder)
+    # Rotary positions are computed, so the same weights read texts of any length.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     (folder / "LICENSE").write_text("The terms of this model.")
     return folder
 
@@ -135,7 +138,7 @@ def bundle(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Train a byte-fallback BPE in Gemma's layout on this repository's own words."""
+    """Train a byte-fallback BPE in Gemma's layout on the words of a licence."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -148,7 +151,8 @@ def _write_tokenizer(folder: Path) -> None:
         special_tokens=[*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    licence = Path(__file__).parents[2] / "LICENSE"
+    tokenizer.train_from_iterator(licence.read_text(encoding="utf-8").splitlines(), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "GemmaTokenizer",

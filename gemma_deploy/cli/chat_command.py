@@ -1,0 +1,182 @@
+"""`gemma-deploy chat`: a conversation in the terminal."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from gemma_deploy.cli.console import notice, working
+from gemma_deploy.cli.conversation import Conversation
+from gemma_deploy.cli.generate_command import summary
+from gemma_deploy.cli.interrupt import cancel_on_interrupt
+from gemma_deploy.cli.options import generation_options, runtime_options, sampling_options
+from gemma_deploy.errors import RequestError, TokenizerError
+
+if TYPE_CHECKING:
+    from gemma_deploy.runtime.request import GenerationOptions
+    from gemma_deploy.runtime.text_generator import TextGenerator
+
+_HELP: Final = """\
+/reset      forget the conversation, keep the system prompt
+/stats      show or hide the speed of each answer
+/help       show this
+/exit       leave (Ctrl-D does too)
+A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+@click.command(
+    "chat",
+    short_help="Talk to a model in the terminal.",
+    epilog="""\b
+Examples:
+  gemma-deploy chat gemma-2b-it
+  gemma-deploy chat gemma-2b-it --system "Answer in one sentence." --temperature 0.7
+
+The model should be an instruction-tuned one (its name ends in -it). In the chat, /help lists the
+commands; Ctrl-C stops an answer, which stays in the conversation as far as it came.
+""",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--system", metavar="TEXT", help="System prompt: what the model is told beforehand.")
+@sampling_options
+@runtime_options
+def command(
+    *,
+    bundle: Path,
+    system: str | None,
+    device: str,
+    threads: int | None,
+    max_seq_len: int | None,
+    backend: str,
+    **sampling: Any,
+) -> None:
+    """Talk to the model in the folder BUNDLE.
+
+    The whole conversation is given to the model with each message. When it no longer fits the
+    context, the oldest exchanges are dropped, with a notice.
+    """
+    options = generation_options(**sampling)
+    from gemma_deploy.api import load
+
+    with working(f"loading {bundle}"):
+        generator = load(
+            bundle, backend=backend, device=device, max_seq_len=max_seq_len, threads=threads
+        )
+    with generator:
+        conversation = Conversation(
+            count_tokens=lambda messages: len(generator.tokenizer.encode_chat(messages)),
+            max_seq_len=generator.max_seq_len,
+            max_new_tokens=options.max_new_tokens,
+            system=system,
+            turns=[],
+        )
+        Chat(generator, conversation, options).run()
+
+
+class Chat:
+    """Reads messages and commands until the user leaves.
+
+    Args:
+        generator: The model.
+        conversation: What was said so far.
+        options: How answers are generated.
+    """
+
+    def __init__(
+        self,
+        generator: "TextGenerator",
+        conversation: Conversation,
+        options: "GenerationOptions",
+    ) -> None:
+        self._generator = generator
+        self._conversation = conversation
+        self._options = options
+        self._shows_stats = False
+
+    def run(self) -> None:
+        """Serve messages until /exit or the end of input."""
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - importing it gives input() line editing and history
+            notice("Type a message; /help lists the commands.")
+        while (text := _read_message()) is not None:
+            if text.startswith("/"):
+                if text == "/exit":
+                    return
+                self._obey(text)
+            elif text:
+                self._reply(text)
+
+    def _obey(self, text: str) -> None:
+        if text == "/reset":
+            self._conversation.reset()
+            notice("The conversation starts anew.")
+        elif text == "/stats":
+            self._shows_stats = not self._shows_stats
+            notice(f"The speed of answers is {'shown' if self._shows_stats else 'hidden'}.")
+        elif text == "/help":
+            notice(_HELP)
+        else:
+            notice(f"{text.split(maxsplit=1)[0]} is no command; /help lists them.")
+
+    def _reply(self, text: str) -> None:
+        """Answer a message; a message that cannot be answered leaves the conversation as it was."""
+        conversation = self._conversation
+        try:
+            dropped = conversation.ask(text)
+        except (RequestError, TokenizerError) as err:
+            notice(f"Error: {err}")
+            return
+        if dropped:
+            exchanges = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
+            notice(
+                f"(The oldest {exchanges} dropped: the context holds {conversation.max_seq_len} tokens.)"
+            )
+        with cancel_on_interrupt() as is_cancelled:
+            stream = self._generator.chat(
+                conversation.messages, self._options, is_cancelled=is_cancelled
+            )
+            with stream:
+                for piece in stream:
+                    click.echo(piece, nl=False)
+        click.echo()
+        result = stream.result
+        if result.text:
+            conversation.answer(result.text)
+        else:
+            conversation.take_back()
+            notice("(The answer is empty; the message is forgotten.)")
+        if result.finish_reason == "cancelled":
+            notice(f"(Interrupted after {len(result.token_ids)} tokens.)")
+        elif result.finish_reason == "length":
+            notice(f"(Stopped at the limit after {len(result.token_ids)} tokens.)")
+        if self._shows_stats:
+            notice(f"({summary(result)})")
+
+
+def _read_message() -> str | None:
+    """Return the next message, or None when there is no more input.
+
+    Ctrl-C while typing discards the message.
+    """
+    prompt = "> " if sys.stdin.isatty() else ""
+    lines: list[str] = []
+    while True:
+        try:
+            line = input(". " if prompt and lines else prompt)
+        except EOFError:
+            if prompt:
+                click.echo()
+            return "\n".join(lines).strip() or None
+        except KeyboardInterrupt:
+            lines.clear()
+            notice("\n(Ctrl-D or /exit leaves.)")
+            continue
+        except UnicodeDecodeError:
+            notice("Error: the message is not valid UTF-8 text.")
+            continue
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(lines).strip()

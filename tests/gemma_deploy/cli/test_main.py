@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from gemma_deploy.cli.main import COMMANDS
+
+HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "numpy", "rich", "tokenizers", "jinja2"}
+
+
+class TestStart:
+    @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"]])
+    def test_imports_nothing_heavy(self, arguments: list[str]) -> None:
+        imported = modules_after(arguments)
+
+        assert not HEAVY & imported
+        assert "gemma_deploy.cli.main" in imported
+
+    def test_help_imports_no_verb(self) -> None:
+        verbs = {command.module for command in COMMANDS.values()}
+
+        assert not verbs & modules_after(["--help"])
+
+    def test_generating_imports_no_torch(self, bundle: Path) -> None:
+        imported = modules_after(["generate", str(bundle), "a", "--max-new-tokens", "2"])
+
+        assert "onnxruntime" in imported
+        assert not {"torch", "transformers", "onnxscript"} & imported
+
+
+class TestHelp:
+    def test_the_overview_says_what_each_verb_says_of_itself(self) -> None:
+        for name, lazy in COMMANDS.items():
+            command = import_module(lazy.module).command
+            assert (command.name, command.short_help) == (name, lazy.short_help)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("flag", ["-h", "--help"])
+    def test_every_verb_has_help_with_examples(
+        self, name: str, flag: str, invoke: Callable[..., Result]
+    ) -> None:
+        result = invoke(name, flag)
+
+        assert result.exit_code == 0
+        assert f"gemma-deploy {name} " in result.stdout or f"gemma-deploy {name}\n" in result.stdout
+        assert "Examples:" in result.stdout
+
+    def test_every_option_is_explained(self) -> None:
+        for lazy in COMMANDS.values():
+            for option in import_module(lazy.module).command.params:
+                assert option.param_type_name == "argument" or option.help
+
+    def test_version(self, invoke: Callable[..., Result]) -> None:
+        assert metadata.version("gemma-deploy") in invoke("--version").stdout
+
+
+class TestUsageErrors:
+    def test_misspelled_verb(self, invoke: Callable[..., Result]) -> None:
+        result = invoke("genrate")
+
+        assert result.exit_code == 2
+        assert "No such command 'genrate': did you mean generate?" in result.stderr
+
+    def test_unknown_verb(self, invoke: Callable[..., Result]) -> None:
+        result = invoke("zzz")
+
+        assert result.exit_code == 2
+        assert "No such command 'zzz': see `gemma-deploy --help`" in result.stderr
+
+    def test_unknown_option(self, invoke: Callable[..., Result]) -> None:
+        result = invoke("generate", "bundle", "--temprature", "1")
+
+        assert result.exit_code == 2
+        assert "--temperature" in result.stderr
+
+
+class TestErrors:
+    def test_failure_is_one_line_and_exit_code_1(
+        self, invoke: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        result = invoke("inspect", tmp_path)
+
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("Error: ")
+        assert "Traceback" not in result.stderr
+
+    def test_impossible_request_is_exit_code_2(
+        self, invoke: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        result = invoke("generate", tmp_path / "nowhere", "a prompt")
+
+        assert result.exit_code == 2
+        assert "does not exist" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("flag", "environment"), [(["--debug"], {}), ([], {"GEMMA_DEPLOY_DEBUG": "1"})]
+    )
+    def test_debug_shows_the_traceback(
+        self,
+        flag: list[str],
+        environment: dict[str, str],
+        start: Callable[..., "subprocess.Popen[bytes]"],
+        tmp_path: Path,
+    ) -> None:
+        with start(*flag, "inspect", tmp_path, environment=environment) as process:
+            _, stderr = process.communicate()
+
+        assert b"Traceback" in stderr
+        assert b"gemma_deploy.errors.BundleError" in stderr
+
+    def test_a_reader_that_leaves_early_is_no_error(
+        self, start: Callable[..., "subprocess.Popen[bytes]"], bundle: Path
+    ) -> None:
+        with start("generate", bundle, "a", "--max-new-tokens", "2000") as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.read(1)
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
+
+def modules_after(arguments: list[str]) -> set[str]:
+    """Return the modules that a process has imported after running the program."""
+    code = (
+        "import json, sys\n"
+        "from gemma_deploy.cli.main import cli\n"
+        f"cli({arguments!r}, standalone_mode=False)\n"
+        "print('\\n' + json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))

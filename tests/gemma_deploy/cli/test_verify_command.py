@@ -1,0 +1,202 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from safetensors.numpy import load_file
+
+from gemma_deploy.bundle import record_file
+from gemma_deploy.exporters.export import export_checkpoint
+
+
+class TestWholeBundle:
+    def test_passes(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        result = invoke("verify", bundle)
+
+        assert result.exit_code == 0
+        names = [line.split(":")[0] for line in result.stdout.splitlines()]
+        assert names == [
+            f"ok    {name}" for name in ("manifest", "hashes", "weights", "tokenizer", "graphs")
+        ]
+
+    def test_agrees_with_its_checkpoint_by_every_walk(
+        self, invoke: Callable[..., Result], bundle: Path, bundle_checkpoint: Path
+    ) -> None:
+        result = invoke("verify", bundle, "--checkpoint", bundle_checkpoint, "--json")
+
+        report = json.loads(result.stdout)
+        parity = {c["name"]: c["parity"] for c in report["checks"] if c["parity"]}
+        assert result.exit_code == 0
+        assert report["ok"] is True
+        assert list(parity) == [
+            "parity, prefill graph, whole text",
+            "parity, prefill graph, in chunks",
+            "parity, decode graph, token by token",
+            "parity, both graphs, ragged batch",
+        ]
+        for figures in parity.values():
+            assert 0 < figures["max_abs_difference"] <= figures["tolerance"]
+            assert figures["greedy_agreement"] == 1
+        assert parity["parity, prefill graph, whole text"]["positions"] == 256
+
+    def test_without_tokenizer_past_the_windows(
+        self,
+        invoke: Callable[..., Result],
+        tiny_checkpoint: Callable[..., Path],
+        tmp_path: Path,
+    ) -> None:
+        checkpoint = tiny_checkpoint("gemma3")  # windows of 8 tokens
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+
+        result = invoke("verify", tmp_path / "bundle", "--checkpoint", checkpoint)
+
+        assert result.exit_code == 0, result.stdout
+        assert "tokenizer: none: only token ids can be given" in result.stdout
+
+    def test_reads_a_text_of_ones_own(
+        self,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        (tmp_path / "text").write_text("A text of my own, with a number: 42. " * 3)
+
+        result = invoke(
+            "verify",
+            bundle,
+            "--checkpoint",
+            bundle_checkpoint,
+            "--text",
+            tmp_path / "text",
+            "--tokens",
+            20,
+        )
+
+        assert result.exit_code == 0
+        assert "of 20 positions" in result.stdout
+
+
+class TestDamage:
+    def test_a_tolerance_that_rounding_passes(
+        self, invoke: Callable[..., Result], bundle: Path, bundle_checkpoint: Path
+    ) -> None:
+        result = invoke("verify", bundle, "--checkpoint", bundle_checkpoint, "--tolerance", "1e-9")
+
+        assert result.exit_code == 1
+        assert result.stdout.count("FAIL  parity, ") == 4
+
+    def test_a_changed_file(
+        self, invoke: Callable[..., Result], bundle: Path, tmp_path: Path
+    ) -> None:
+        changed = shutil.copytree(bundle, tmp_path / "changed")
+        text = (changed / "tokenizer_config.json").read_text()
+        (changed / "tokenizer_config.json").write_text(text.replace("true", "TRUE"))
+
+        result = invoke("verify", changed)
+
+        assert result.exit_code == 1
+        assert "ok    manifest" in result.stdout
+        assert "FAIL  hashes: tokenizer_config.json changed since the export" in result.stdout
+        assert "graphs" not in result.stdout
+
+    def test_a_missing_file(
+        self, invoke: Callable[..., Result], bundle: Path, tmp_path: Path
+    ) -> None:
+        broken = shutil.copytree(bundle, tmp_path / "broken")
+        (broken / "decode.onnx").unlink()
+
+        result = invoke("verify", broken, "--json")
+
+        report = json.loads(result.stdout)
+        assert result.exit_code == 1
+        assert report["ok"] is False
+        assert "decode.onnx is missing" in report["checks"][0]["detail"]
+
+    @pytest.mark.parametrize(
+        "tensor", ["model.layers.1.self_attn.v_proj.weight", "model.norm.scale"]
+    )
+    def test_other_weights_under_the_right_hash(
+        self,
+        tensor: str,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        tampered = shutil.copytree(bundle, tmp_path / "tampered")
+        tamper(tampered, tensor)
+
+        result = invoke("verify", tampered, "--checkpoint", bundle_checkpoint)
+
+        assert result.exit_code == 1
+        assert "ok    graphs" in result.stdout
+        assert result.stdout.count("FAIL  parity, ") == 4
+
+    def test_not_a_bundle(self, invoke: Callable[..., Result], bundle_checkpoint: Path) -> None:
+        result = invoke("verify", bundle_checkpoint)
+
+        assert result.exit_code == 1
+        assert "FAIL  manifest: " in result.stdout
+        assert "run `gemma-deploy export` on it first" in result.stdout
+
+
+class TestRequests:
+    def test_another_checkpoint(
+        self,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        tiny_checkpoint: Callable[..., Path],
+    ) -> None:
+        result = invoke("verify", bundle, "--checkpoint", tiny_checkpoint("gemma1-h256"))
+
+        assert result.exit_code == 1
+        assert "FAIL  checkpoint: " in result.stdout
+        assert "is not what" in result.stdout
+
+    def test_a_tolerance_for_nothing(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        result = invoke("verify", bundle, "--tolerance", "1")
+
+        assert result.exit_code == 2
+        assert "give --checkpoint too" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"short", "at least 16 are needed"), (b"\xff\xfe", "is not UTF-8 text")],
+    )
+    def test_a_text_that_cannot_be_used(
+        self,
+        content: bytes,
+        message: str,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        (tmp_path / "text").write_bytes(content)
+
+        result = invoke(
+            "verify", bundle, "--checkpoint", bundle_checkpoint, "--text", tmp_path / "text"
+        )
+
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def tamper(bundle: Path, tensor: str) -> None:
+    """Change a tensor by 2 % and make the manifest agree with the file."""
+    path = bundle / "weights.safetensors"
+    tensors = load_file(path)
+    size = path.stat().st_size
+    raw = bytearray(path.read_bytes())
+    old = tensors[tensor].tobytes()
+    start = bytes(raw).index(old)
+    raw[start : start + len(old)] = (tensors[tensor] * np.float32(1.02)).tobytes()
+    path.write_bytes(raw)
+    assert path.stat().st_size == size
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][path.name]["sha256"] = record_file(path).sha256
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
