@@ -2,9 +2,7 @@
 
 Gemma 1, 2 and 3 are one set of fields with different values; the model reads the fields and never
 asks for the generation. Field names and defaults follow transformers'
-`GemmaConfig`, `Gemma2Config` and `Gemma3TextConfig` (transformers 5.x), older spellings
-(`hidden_act`, `rope_theta`, `rope_scaling`, `rope_local_base_freq`, `sliding_window_pattern`) are
-translated when a config is read.
+`GemmaConfig`, `Gemma2Config` and `Gemma3TextConfig` (transformers 5.x).
 """
 
 import dataclasses
@@ -13,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from gemma_deploy.errors import ConfigError
 
@@ -24,8 +22,8 @@ RopeType = Literal["default", "linear"]
 CONFIG_FILE = "config.json"
 TANH_GELU = "gelu_pytorch_tanh"
 
-_FULL: LayerType = "full_attention"
-_SLIDING: LayerType = "sliding_attention"
+FULL_ATTENTION: LayerType = "full_attention"
+SLIDING_ATTENTION: LayerType = "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +110,7 @@ class GemmaConfig:
     eos_token_ids: tuple[int, ...] = (1,)
     tie_word_embeddings: bool = True
     rope_parameters: Mapping[LayerType, RopeParameters] = dataclasses.field(
-        default_factory=lambda: MappingProxyType({_FULL: RopeParameters()})
+        default_factory=lambda: MappingProxyType({FULL_ATTENTION: RopeParameters()})
     )
     attention_bias: bool = False
     attention_dropout: float = 0.0
@@ -128,7 +126,7 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         if not self.layer_types:
-            object.__setattr__(self, "layer_types", (_FULL,) * self.num_hidden_layers)
+            object.__setattr__(self, "layer_types", (FULL_ATTENTION,) * self.num_hidden_layers)
         if self.query_pre_attn_scalar is None:
             object.__setattr__(self, "query_pre_attn_scalar", self.head_dim)
         object.__setattr__(self, "rope_parameters", MappingProxyType(dict(self.rope_parameters)))
@@ -142,7 +140,7 @@ class GemmaConfig:
 
     def window_of(self, layer: int) -> int | None:
         """Return the sliding window of a layer in tokens, the token itself included, or None."""
-        return self.sliding_window if self.layer_types[layer] == _SLIDING else None
+        return self.sliding_window if self.layer_types[layer] == SLIDING_ATTENTION else None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "GemmaConfig":
@@ -156,7 +154,9 @@ class GemmaConfig:
             ConfigError: For another model type, a quantized checkpoint, values of the wrong type,
                 or numbers that contradict each other.
         """
-        return _parse(raw)
+        from gemma_deploy.config_json import parse_config
+
+        return parse_config(raw)
 
     @classmethod
     def from_file(cls, path: Path) -> "GemmaConfig":
@@ -187,39 +187,6 @@ class GemmaConfig:
         out["rope_parameters"] = {k: dataclasses.asdict(v) for k, v in self.rope_parameters.items()}
         del out["has_qk_norm"], out["has_post_norms"]
         return out
-
-
-# What transformers' config class of each generation has by default, where it is not Gemma 1's.
-_GENERATION_DEFAULTS: Mapping[ModelType, Mapping[str, Any]] = {
-    "gemma": {},
-    "gemma2": {
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "has_post_norms": True,
-    },
-    "gemma3_text": {
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 4096,
-        "has_post_norms": True,
-        "has_qk_norm": True,
-    },
-}
-# A layer is full attention when (index + 1) is a multiple of this, unless layer_types says otherwise.
-_DEFAULT_PATTERN: Mapping[ModelType, int] = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}
 
 
 def _check_sizes(config: GemmaConfig) -> None:
@@ -273,9 +240,11 @@ def _check_layers(config: GemmaConfig) -> None:
             )
         if layer_type not in config.rope_parameters:
             raise ConfigError(f"rope_parameters says nothing of {layer_type} layers")
-    if _SLIDING in config.layer_types and not (config.sliding_window and config.sliding_window > 0):
+    if SLIDING_ATTENTION in config.layer_types and not (
+        config.sliding_window and config.sliding_window > 0
+    ):
         raise ConfigError(
-            f"sliding_window is {config.sliding_window}, yet layer_types holds {_SLIDING}: "
+            f"sliding_window is {config.sliding_window}, yet layer_types holds {SLIDING_ATTENTION}: "
             "it must be a positive number of tokens"
         )
     for name in ("pad_token_id", "bos_token_id", "eos_token_ids"):
@@ -283,133 +252,3 @@ def _check_layers(config: GemmaConfig) -> None:
         for token in value if isinstance(value, tuple) else (value,):
             if token is not None and token < 0:
                 raise ConfigError(f"{name} holds {token}; token ids start at 0")
-
-
-def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the text model's part of a config, ids and dtype inherited from a multimodal parent."""
-    model_type = raw.get("model_type")
-    if model_type != "gemma3":
-        return raw
-    text = raw.get("text_config")
-    if not isinstance(text, Mapping):
-        raise ConfigError("model_type is 'gemma3' (multimodal) and text_config is missing")
-    inherited = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype")
-    outer = {k: raw[k] for k in (*inherited, "tie_word_embeddings") if raw.get(k) is not None}
-    return {**outer, **text, "model_type": "gemma3_text"}
-
-
-def _parse(raw: Mapping[str, Any]) -> GemmaConfig:
-    raw = _text_config(raw)
-    if raw.get("model_type") not in get_args(ModelType):
-        raise ConfigError(
-            f"model_type is {raw.get('model_type')!r}; gemma-deploy exports gemma, gemma2, gemma3_text, and the "
-            "text part of gemma3. Other families need another tool"
-        )
-    if raw.get("quantization_config"):
-        raise ConfigError(
-            "the checkpoint is already quantized (config.json has quantization_config); "
-            "export the original float checkpoint"
-        )
-    model_type: ModelType = raw["model_type"]
-    values: dict[str, Any] = dict(_GENERATION_DEFAULTS[model_type])
-    for field in dataclasses.fields(GemmaConfig):
-        if raw.get(field.name) is not None and field.name not in _TRANSLATED:
-            values[field.name] = _typed(field.name, raw[field.name])
-        elif field.name in raw and field.name in _NULLABLE:
-            values[field.name] = None
-    values["model_type"] = model_type
-    values["hidden_activation"] = _activation(raw, model_type)
-    values["eos_token_ids"] = _eos(raw)
-    values["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    num_layers = values.get("num_hidden_layers", GemmaConfig().num_hidden_layers)
-    values["layer_types"] = _layer_types(raw, model_type, num_layers)
-    values["rope_parameters"] = _rope(raw, model_type, values["layer_types"])
-    return GemmaConfig(**values)
-
-
-_TRANSLATED = frozenset(
-    {"model_type", "hidden_activation", "eos_token_ids", "layer_types", "rope_parameters", "dtype"}
-    | {"has_qk_norm", "has_post_norms"}
-)
-_NULLABLE = frozenset(
-    {"pad_token_id", "bos_token_id", "sliding_window"}
-    | {"attn_logit_softcapping", "final_logit_softcapping"}
-)
-_BOOLEANS = frozenset(
-    {"use_cache", "tie_word_embeddings", "attention_bias", "use_bidirectional_attention"}
-)
-_FLOATS = frozenset(
-    {"initializer_range", "rms_norm_eps", "attention_dropout", "query_pre_attn_scalar"}
-    | {"attn_logit_softcapping", "final_logit_softcapping"}
-)
-
-
-def _typed(name: str, value: object) -> object:
-    """Return `value` if its JSON type is the field's."""
-    if name in _BOOLEANS:
-        is_right, expected = isinstance(value, bool), "true or false"
-    elif name in _FLOATS:
-        is_right = isinstance(value, int | float) and not isinstance(value, bool)
-        expected = "a number"
-    else:
-        is_right = isinstance(value, int) and not isinstance(value, bool)
-        expected = "an integer"
-    if not is_right:
-        raise ConfigError(f"{name} is {value!r}, expected {expected}: correct config.json")
-    return value
-
-
-def _activation(raw: Mapping[str, Any], model_type: ModelType) -> str:
-    name = raw.get("hidden_activation") or raw.get("hidden_act") or TANH_GELU
-    # Gemma 1's first release wrote "gelu" and meant the tanh approximation.
-    return TANH_GELU if model_type == "gemma" and name == "gelu" else str(name)
-
-
-def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    value = raw.get("eos_token_id", 1)
-    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
-    return tuple(cast(int, _typed("eos_token_id", token)) for token in ids)
-
-
-def _layer_types(
-    raw: Mapping[str, Any], model_type: ModelType, num_layers: int
-) -> tuple[LayerType, ...]:
-    given = raw.get("layer_types")
-    if given is not None:
-        if not isinstance(given, list | tuple):
-            raise ConfigError(f"layer_types is {given!r}, expected a list of layer types")
-        return tuple(given)
-    pattern = raw.get("sliding_window_pattern") or _DEFAULT_PATTERN[model_type]
-    return tuple(_SLIDING if (i + 1) % pattern else _FULL for i in range(num_layers))
-
-
-def _rope(
-    raw: Mapping[str, Any], model_type: ModelType, layer_types: tuple[LayerType, ...]
-) -> dict[LayerType, RopeParameters]:
-    given = raw.get("rope_parameters") or {}
-    is_per_layer_type = any(isinstance(v, Mapping) for v in given.values())
-    scaling = raw.get("rope_scaling") or {}
-    has_two_bases = model_type == "gemma3_text"
-    out: dict[LayerType, RopeParameters] = {}
-    for layer_type in sorted(set(layer_types)):
-        nested = given.get(layer_type) or {} if is_per_layer_type else given
-        if has_two_bases and layer_type == _SLIDING:
-            # Local layers are never scaled; their base has a key of its own.
-            inherited = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
-        else:
-            theta = raw.get("rope_theta", 1e6 if has_two_bases else 10_000.0)
-            inherited = {"rope_theta": theta, **scaling}
-        out[layer_type] = _rope_parameters({**inherited, **nested})
-    return out
-
-
-def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
-    rope_type: RopeType = raw.get("rope_type") or raw.get("type") or "default"
-    theta, factor = raw["rope_theta"], raw.get("factor", 1.0)
-    for name, value in (("rope_theta", theta), ("factor", factor)):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{name} is {value!r}, expected a number: correct config.json")
-    is_linear = rope_type == "linear"
-    return RopeParameters(
-        rope_type=rope_type, rope_theta=float(theta), factor=float(factor) if is_linear else 1.0
-    )
