@@ -1,0 +1,118 @@
+"""The modules that are exported, run as they are: against the model's own forward."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.exporters.graph_modules import DecodeModule, PrefillModule, meta_model
+from gemma_deploy.graph_spec import graph_spec
+from gemma_deploy.model import GemmaForCausalLM
+from gemma_deploy.model.norm import RMSNorm
+
+TinyFolders = Callable[..., Path]
+# Float32 sums in another order; the inflated models' logits are of the order of 1 to 100.
+ATOL, RTOL = 2e-4, 1e-4
+NUM_TOKENS, CAPACITY = 40, 48
+
+
+@pytest.fixture(params=["gemma1-mha-bias", "gemma1-untied", "gemma2", "gemma3"])
+def model(request: pytest.FixtureRequest, tiny_checkpoint: TinyFolders) -> GemmaForCausalLM:
+    return GemmaForCausalLM.from_pretrained(tiny_checkpoint(request.param))
+
+
+def new_cache(config: GemmaConfig, batch_size: int) -> list[Tensor]:
+    """Garbage, since nothing beyond a row's length may matter."""
+    shape = (batch_size, config.num_key_value_heads, CAPACITY, config.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator) * 10 for _ in range(2 * config.num_hidden_layers)
+    ]
+
+
+def test_prefill_and_decode_equal_forward(
+    model: GemmaForCausalLM, random_tokens: Callable[..., Tensor]
+) -> None:
+    """Rows of 11 and 25 tokens, padded on the right, then decoded far past the windows."""
+    tokens = random_tokens(2, NUM_TOKENS)
+    lengths, rows = torch.tensor([11, 25]), torch.arange(2)
+    padded = tokens[:, :25].masked_fill(torch.arange(25) >= lengths[:, None], 0)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        logits, *cache = PrefillModule(model)(
+            padded,
+            torch.zeros(2, dtype=torch.int64),
+            lengths[:, None] - 1,
+            *new_cache(model.config, 2),
+        )
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits[:, 0], wanted[rows, lengths - 1], atol=ATOL, rtol=RTOL)
+        for step in range(NUM_TOKENS - 25):
+            pos = lengths + step
+            logits, *cache = DecodeModule(model)(tokens[rows, pos][:, None], pos, *cache)
+            assert logits.shape == (2, 1, model.config.vocab_size)
+            torch.testing.assert_close(logits[:, 0], wanted[rows, pos], atol=ATOL, rtol=RTOL)
+
+
+def test_chunks_of_ragged_rows_equal_forward(
+    model: GemmaForCausalLM, random_tokens: Callable[..., Tensor]
+) -> None:
+    """The op itself continues several rows by several tokens, whatever a target can do."""
+    tokens = random_tokens(2, 24)
+    starts = torch.tensor([5, 9])
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        prefill, index = PrefillModule(model), torch.arange(9).repeat(2, 1)
+        _, *cache = prefill(
+            tokens[:, :9],
+            torch.zeros(2, dtype=torch.int64),
+            index[:, :1],
+            *new_cache(model.config, 2),
+        )
+        positions = starts[:, None] + index
+        logits, *_ = prefill(tokens.gather(1, positions), starts, index, *cache)
+    rows = torch.arange(2)[:, None]
+    torch.testing.assert_close(logits, wanted[rows, positions], atol=ATOL, rtol=RTOL)
+
+
+def test_logits_index_picks_and_repeats(
+    model: GemmaForCausalLM, random_tokens: Callable[..., Tensor]
+) -> None:
+    tokens, index = random_tokens(2, 12), torch.tensor([[11, 0, 0], [3, 3, 7]])
+    with torch.no_grad():
+        logits, *_ = PrefillModule(model)(
+            tokens, torch.zeros(2, dtype=torch.int64), index, *new_cache(model.config, 2)
+        )
+        wanted = model(tokens).logits[torch.arange(2)[:, None], index]
+    torch.testing.assert_close(logits, wanted, atol=ATOL, rtol=RTOL)
+
+
+def test_arguments_and_results_are_those_of_the_spec(model: GemmaForCausalLM) -> None:
+    config = model.config
+    cache = new_cache(config, 2)
+    spec = graph_spec(config, "prefill", "float32")
+    assert len(cache) == len(spec.cache_inputs)
+    with torch.no_grad():
+        outputs = PrefillModule(model)(
+            torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64),
+            torch.zeros(2, 2, dtype=torch.int64), *cache,
+        )  # fmt: skip
+    sizes = {"B": 2, "S": 3, "L": 2, "T": CAPACITY}
+    assert [(tuple(x.shape), x.dtype) for x in outputs] == [
+        (tuple(sizes.get(str(d), d) for d in t.dims), getattr(torch, t.dtype)) for t in spec.outputs
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_model_to_trace_holds_no_weights(dtype: torch.dtype) -> None:
+    config = GemmaConfig.from_dict({"model_type": "gemma3_text", "num_hidden_layers": 2})
+    model = meta_model(config, dtype)
+    norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
+    assert len(norms) == 2 * 6 + 1
+    assert all(norm.is_folded and norm.weight.dtype == torch.float32 for norm in norms)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters() if p.ndim == 2} == {dtype}
+    assert not model.training

@@ -1,0 +1,256 @@
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import CheckpointError, ExportError
+from gemma_deploy.exporters.weights import (
+    WeightsFile,
+    is_norm,
+    plan_weights,
+    stored_name,
+    write_weights,
+)
+from gemma_deploy.graph_spec import DType, Precision
+
+TinyFolders = Callable[..., Path]
+NARROW_DTYPES: tuple[DType, ...] = ("float16", "bfloat16")
+
+
+def write(checkpoint: Path, path: Path, dtype: DType) -> WeightsFile:
+    source = Checkpoint.open(checkpoint)
+    return write_weights(source, plan_weights(source, Precision.of(dtype)), path)
+
+
+def edited(checkpoint: Path, folder: Path, **changes: Tensor) -> Path:
+    """Copy a checkpoint with some tensors replaced; `__` in a keyword stands for a dot."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        assert name.replace("__", ".") in tensors
+        tensors[name.replace("__", ".")] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def expected(name: str, tensor: Tensor, dtype: DType) -> tuple[str, Tensor]:
+    """Say what the weights file should hold for a checkpoint's tensor."""
+    if name.split(".")[-2].endswith("norm"):
+        return name.replace("weight", "scale"), 1 + tensor.float()
+    if name.endswith("bias") and dtype == "bfloat16":
+        return name, tensor.float()
+    return name, tensor.to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", *NARROW_DTYPES])
+@pytest.mark.parametrize("name", ["gemma1-mha-bias", "gemma1-untied", "gemma2", "gemma3"])
+def test_every_tensor_of_the_checkpoint_is_stored(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, name: str, dtype: DType
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    write(tiny_checkpoint(name), path, dtype)
+    source = load_file(tiny_checkpoint(name) / "model.safetensors")
+    assert len(source) > 28
+    wanted = dict(expected(key, tensor, dtype) for key, tensor in source.items())
+    stored = load_file(path)
+    assert stored.keys() == wanted.keys()
+    for key, tensor in stored.items():
+        assert tensor.dtype == wanted[key].dtype, key
+        assert torch.equal(tensor, wanted[key]), key
+
+
+@pytest.mark.parametrize("source_dtype", NARROW_DTYPES)
+def test_narrow_checkpoints_widen_exactly(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, source_dtype: str
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    write(tiny_checkpoint("gemma3", source_dtype), path, "float32")
+    source = load_file(tiny_checkpoint("gemma3", source_dtype) / "model.safetensors")
+    assert {tensor.dtype for tensor in source.values()} == {getattr(torch, source_dtype)}
+    wanted = dict(expected(key, tensor, "float32") for key, tensor in source.items())
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in load_file(path).items())
+
+
+def test_norms_are_folded_before_they_could_be_rounded(
+    tiny_checkpoint: TinyFolders, tmp_path: Path
+) -> None:
+    """1 + 2^-12 needs more bits than float16 and bfloat16 have."""
+    weight = torch.full((64,), 2**-12, dtype=torch.bfloat16)
+    checkpoint = edited(
+        tiny_checkpoint("gemma1", "bfloat16"), tmp_path / "c", model__norm__weight=weight
+    )
+    write(checkpoint, tmp_path / "w.safetensors", "float16")
+    stored = load_file(tmp_path / "w.safetensors")["model.norm.scale"]
+    assert torch.equal(stored, torch.full((64,), 1 + 2**-12))
+
+
+def test_what_counts_as_a_norm() -> None:
+    norms = ("model.norm", "model.layers.0.input_layernorm", "model.layers.1.self_attn.q_norm")
+    for name in norms:
+        assert is_norm(f"{name}.weight")
+        assert stored_name(f"{name}.weight") == f"{name}.scale"
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"):
+        assert not is_norm(name)
+        assert stored_name(name) == name
+
+
+def test_offsets_hash_and_size_are_those_of_the_file(
+    tiny_checkpoint: TinyFolders, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    written = write(tiny_checkpoint("gemma2"), path, "float16")
+    content = path.read_bytes()
+    assert written.record.size_bytes == len(content)
+    assert written.record.sha256 == hashlib.sha256(content).hexdigest()
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == written.offsets.keys()
+        for name, offset in written.offsets.items():
+            tensor = file.get_tensor(name)
+            raw = bytearray(content[offset : offset + tensor.numel() * tensor.itemsize])
+            assert torch.equal(torch.frombuffer(raw, dtype=tensor.dtype), tensor.flatten()), name
+
+
+def test_data_starts_on_a_page_and_leaves_no_holes(
+    tiny_checkpoint: TinyFolders, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    written = write(tiny_checkpoint("gemma1"), path, "float32")
+    content = path.read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + header_bytes])
+    assert entries.pop("__metadata__") == {"format": "pt"}
+    assert min(written.offsets.values()) == 8 + header_bytes
+    assert (8 + header_bytes) % 4096 == 0
+    spans = sorted(entry["data_offsets"] for entry in entries.values())
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert spans[-1][1] + 8 + header_bytes == len(content)
+
+
+def test_progress_counts_every_byte_of_the_weights(
+    tiny_checkpoint: TinyFolders, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(tiny_checkpoint("gemma1"))
+    plan = plan_weights(source, Precision.of("float32"))
+    counts: list[int] = []
+    write_weights(source, plan, tmp_path / "w", counts.append)
+    stored = load_file(tmp_path / "w").values()
+    assert sum(counts) == sum(tensor.numel() * tensor.itemsize for tensor in stored)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_are_not_finite(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, dtype: DType, value: float
+) -> None:
+    weight = torch.zeros(64, 128)
+    weight[17, 3] = value
+    name = "model.layers.1.mlp.down_proj.weight"
+    changes = {name.replace(".", "__"): weight}
+    checkpoint = edited(tiny_checkpoint("gemma1"), tmp_path / "c", **changes)
+    message = f"{name} holds NaN or infinity: the checkpoint is damaged; download it again"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        write(checkpoint, tmp_path / "w", dtype)
+
+
+@pytest.mark.parametrize("value", [65520.0, -70000.0])
+def test_weights_too_large_for_float16(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, value: float
+) -> None:
+    """65504 is float16's largest number; halfway to the next step, 65520, rounds to infinity."""
+    weight = torch.full((64, 128), 65504.0)
+    name = "model.layers.1.mlp.down_proj.weight"
+    changes = {name.replace(".", "__"): weight}
+    fitting = edited(tiny_checkpoint("gemma1"), tmp_path / "fitting", **changes)
+    write(fitting, tmp_path / "w", "float16")
+    assert load_file(tmp_path / "w")[name].max() == 65504
+    weight[63, 127] = value
+    too_large = edited(tiny_checkpoint("gemma1"), tmp_path / "too_large", **changes)
+    message = f"{name} holds {abs(value):g}, too large for float16: export with --dtype bfloat16 or float32"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        write(too_large, tmp_path / "w", "float16")
+    write(too_large, tmp_path / "w", "bfloat16")
+
+
+def test_large_norms_are_no_trouble_in_float16(
+    tiny_checkpoint: TinyFolders, tmp_path: Path
+) -> None:
+    checkpoint = edited(
+        tiny_checkpoint("gemma1"), tmp_path / "c", model__norm__weight=torch.full((64,), 1e5)
+    )
+    write(checkpoint, tmp_path / "w", "float16")
+    assert load_file(tmp_path / "w")["model.norm.scale"].eq(100_001).all()
+
+
+def test_a_checkpoint_cut_off_after_it_was_opened(
+    tiny_checkpoint: TinyFolders, tmp_path: Path
+) -> None:
+    checkpoint = edited(tiny_checkpoint("gemma1"), tmp_path / "c")
+    source = Checkpoint.open(checkpoint)
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model.safetensors could not be read to the end of"):
+        write_weights(source, plan_weights(source, Precision.of("float32")), tmp_path / "w")
+
+
+_MEASURE_GROWTH = """
+import re, sys
+from pathlib import Path
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.exporters.weights import plan_weights, write_weights
+from gemma_deploy.graph_spec import Precision
+
+source = Checkpoint.open(Path(sys.argv[1]))
+plan = plan_weights(source, Precision.of("float32"))
+def resident_bytes(kind):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", status)[1])
+before = resident_bytes("VmRSS")
+write_weights(source, plan, Path(sys.argv[2]))
+print(resident_bytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A table of 160 MB, 320 MB as float32, passes through a few blocks of 16 MB."""
+    config = GemmaConfig(
+        vocab_size=125_000, hidden_size=640, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    _write_sparse_checkpoint(tmp_path, config)
+    arguments = [str(tmp_path), str(tmp_path / "w")]
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE_GROWTH, *arguments], check=True, capture_output=True
+    )
+    assert (tmp_path / "w").stat().st_size > 320e6
+    (tmp_path / "w").unlink()
+    assert int(done.stdout) < 150e6
+
+
+def _write_sparse_checkpoint(folder: Path, config: GemmaConfig) -> None:
+    """Write a bfloat16 checkpoint of zeros that takes no disk."""
+    from gemma_deploy.checkpoint import expected_tensors
+
+    entries, end = {}, 0
+    for name, shape in expected_tensors(config).items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
