@@ -1,0 +1,153 @@
+"""Each op by itself: written as ONNX nodes and run, against torch's meaning of it."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from gemma_deploy.exporters.lowering.onnxruntime_ops import OPSET_VERSION, translation_table
+from gemma_deploy.graph_spec import DType
+from gemma_deploy.ops.static_cache_attention import static_cache_attention
+
+HEAD_DIM, CAPACITY = 16, 32
+
+
+class Attention(nn.Module):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.attributes = attributes
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor] = static_cache_attention(*tensors, **self.attributes)
+        return outputs
+
+
+class Head(nn.Module):
+    """An embedding and a linear layer."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.linear = nn.Linear(8, 5, bias=bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Tensor = self.linear(self.embedding(ids))
+        return output
+
+
+def translated(
+    module: nn.Module, inputs: tuple[Tensor, ...], weights: DType, dynamic: Any = None
+) -> ir.Model:
+    with warnings.catch_warnings():
+        # torch's exporter uses what torch has deprecated.
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic)
+        onnx_program = torch.onnx.export(
+            program, opset_version=OPSET_VERSION, dynamo=True, optimize=False, verbose=False,
+            custom_translation_table=translation_table(weights),
+        )  # fmt: skip
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def run(model: ir.Model, inputs: tuple[Tensor, ...]) -> list[Any]:
+    proto = ir.to_proto(model)
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [x.name for x in session.get_inputs()]
+    return session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))  # type: ignore[no-any-return]  # onnxruntime is untyped
+
+
+def attention_inputs(
+    input_pos: list[int], num_tokens: int, heads: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    batch, (num_heads, num_kv_heads) = len(input_pos), heads
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    steps = torch.tensor(input_pos)[:, None] + torch.arange(num_tokens)
+    angles = steps[..., None] / 10.0 ** torch.arange(HEAD_DIM // 2)
+    kv, cache = (batch, num_tokens, num_kv_heads), (batch, num_kv_heads, CAPACITY)
+    return (
+        draw(batch, num_tokens, num_heads, HEAD_DIM), draw(*kv, HEAD_DIM), draw(*kv, HEAD_DIM),
+        draw(*cache, HEAD_DIM), draw(*cache, HEAD_DIM),
+        angles.cos().to(dtype), angles.sin().to(dtype), torch.tensor(input_pos),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("heads", "attributes"),
+    [
+        ((4, 1), {"scale": 0.5}),
+        ((4, 2), {"scale": 1.0, "softcap": 2.0, "sliding_window": 5}),
+        ((2, 2), {"scale": 0.25, "sliding_window": 1}),
+    ],
+    ids=["mqa", "gqa-softcap-window", "mha-window-of-one"],
+)
+def test_attention(heads: tuple[int, int], attributes: dict[str, Any]) -> None:
+    batch, tokens = Dim("B"), Dim("S")
+    step = {0: batch, 1: tokens}
+    dynamic = ((step, step, step, {0: batch}, {0: batch}, step, step, {0: batch}),)
+    example = attention_inputs([0, 0], 3, heads, torch.float32)
+    model = translated(Attention(**attributes), example, "float32", dynamic)
+    # Prefill, a chunk of one row (all that ONNX Runtime continues at once), ragged decode.
+    for input_pos, num_tokens in (([0, 0], 12), ([7], 9), ([0, 4, 30], 1)):
+        inputs = attention_inputs(input_pos, num_tokens, heads, torch.float32)
+        wanted = static_cache_attention(*inputs, **attributes)
+        output, *caches = run(model, inputs)
+        # Float32 sums in another order.
+        np.testing.assert_allclose(output, wanted[0], rtol=0, atol=2e-5)
+        for row, start in enumerate(input_pos):
+            stop = start + num_tokens
+            for ours, theirs in zip(caches, wanted[1:], strict=True):
+                np.testing.assert_allclose(ours[row, :, :stop], theirs[row, :, :stop], atol=2e-6)
+
+
+def test_attention_in_float16() -> None:
+    inputs = attention_inputs([0, 0], 12, (4, 1), torch.float16)
+    exact = tuple(x.float() if x.is_floating_point() else x for x in inputs)
+    wanted, *_ = static_cache_attention(*exact, scale=0.5)
+    output, *_ = run(translated(Attention(scale=0.5), inputs, "float16"), inputs)
+    assert output.dtype == np.float16
+    # Rotated keys and outputs of up to 4 are rounded to 2^-9; a softmax spreads it.
+    np.testing.assert_allclose(output, wanted, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_and_embedding(bias: bool) -> None:
+    module, ids = Head(bias=bias), torch.tensor([[3, 19, 0]])
+    (output,) = run(translated(module, (ids,), "float32"), (ids,))
+    np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_and_embedding_over_bfloat16_weights(bias: bool) -> None:
+    """The graph is traced in float32; its matrices are then stored in bfloat16."""
+    module, ids = Head(bias=bias), torch.tensor([[3, 19, 0]])
+    model = translated(module, (ids,), "bfloat16")
+    rounded = {"embedding.weight": module.embedding.weight, "linear.weight": module.linear.weight}
+    for name, weight in rounded.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(weight.detach().bfloat16(), name=name)
+        value.dtype = ir.DataType.BFLOAT16
+        weight.data = weight.data.bfloat16().float()
+    (output,) = run(model, (ids,))
+    np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
+
+
+def test_weights_are_used_as_stored() -> None:
+    """[out, in], without a transposed copy, and without a cast unless they are bfloat16."""
+    ids = torch.tensor([[1]])
+    for dtype, num_casts in (("float32", 0), ("float16", 0), ("bfloat16", 2)):
+        model = translated(Head(bias=True), (ids,), dtype)  # type: ignore[arg-type]  # dtypes by name
+        op_types = [node.op_type for node in model.graph]
+        assert "Transpose" not in op_types
+        assert op_types.count("FusedMatMul") == 1
+        assert op_types.count("Cast") == num_casts
