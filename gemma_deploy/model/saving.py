@@ -52,6 +52,10 @@ def hugging_face_config(config: GemmaConfig, dtype: torch.dtype) -> dict[str, An
     raw = config.to_dict()
     raw["architectures"] = [_ARCHITECTURES[config.model_type]]
     raw["dtype"] = str(dtype).removeprefix("torch.")
+    for rope in raw["rope_parameters"].values():
+        if rope["rope_type"] == "default":
+            # transformers warns of parameters that a rope type does not take.
+            del rope["factor"]
     if config.model_type != "gemma3_text":
         raw["rope_parameters"] = next(iter(raw["rope_parameters"].values()))
     if config.model_type == "gemma":
