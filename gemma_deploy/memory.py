@@ -2,8 +2,11 @@
 
 Nothing is measured here. Weights and cache are exact (they are stored and allocated in these very
 shapes); activations are the largest set of tensors that is alive at once in a layer, or at the head.
+A GPU holds the weights as stored; ONNX Runtime on a CPU multiplies with float32 copies of the
+matrices, packed for its kernels, whatever they are stored in.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +29,8 @@ class MemoryEstimate:
         batch_size: B, rows.
         max_seq_len: T, capacity of the KV cache in tokens.
         prefill_tokens: S, most tokens of one row that are computed in one step.
-        weights_bytes: The weights as they are stored.
+        weights_bytes: The weights as they are stored, and as a GPU holds them.
+        cpu_weights_bytes: The copies of them that a CPU computes with.
         kv_cache_bytes: Key and value cache of every layer.
         activation_bytes: Peak of the tensors inside a prefill step; a decode step needs less.
     """
@@ -35,13 +39,24 @@ class MemoryEstimate:
     max_seq_len: int
     prefill_tokens: int
     weights_bytes: int
+    cpu_weights_bytes: int
     kv_cache_bytes: int
     activation_bytes: int
 
     @property
-    def total_bytes(self) -> int:
-        """Weights, KV cache and activations together."""
+    def gpu_total_bytes(self) -> int:
+        """Weights, KV cache and activations together, on a GPU."""
         return self.weights_bytes + self.kv_cache_bytes + self.activation_bytes
+
+    @property
+    def cpu_total_bytes(self) -> int:
+        """The same on a CPU; the weights file comes on top as page cache, which is given up freely."""
+        return self.cpu_weights_bytes + self.kv_cache_bytes + self.activation_bytes
+
+    def to_dict(self) -> dict[str, int]:
+        """Return every figure under its name, totals included."""
+        totals = {"cpu_total_bytes": self.cpu_total_bytes, "gpu_total_bytes": self.gpu_total_bytes}
+        return dataclasses.asdict(self) | totals
 
 
 def num_parameters(config: GemmaConfig) -> int:
@@ -56,6 +71,19 @@ def weights_bytes(config: GemmaConfig, precision: Precision) -> int:
         matrix_or_bias = precision.weights if len(shape) == 2 else precision.activations
         dtype = "float32" if group_of(name) == "norms" else matrix_or_bias
         total += math.prod(shape) * DTYPE_BYTES[dtype]
+    return total
+
+
+def cpu_weights_bytes(config: GemmaConfig) -> int:
+    """Return the size of the float32 copies that a CPU multiplies with, in bytes.
+
+    Every matrix but an embedding that is not also the head: its rows are looked up where they are.
+    """
+    total = 0
+    for name, shape in expected_tensors(config).items():
+        is_looked_up = group_of(name) == "embedding" and not config.tie_word_embeddings
+        if len(shape) == 2 and not is_looked_up:
+            total += math.prod(shape) * _FLOAT32_BYTES
     return total
 
 
@@ -134,6 +162,7 @@ def estimate(
         max_seq_len=max_seq_len,
         prefill_tokens=tokens,
         weights_bytes=stored_bytes,
+        cpu_weights_bytes=cpu_weights_bytes(config),
         kv_cache_bytes=cache_bytes(config, precision.cache, batch_size, max_seq_len),
         activation_bytes=activation_bytes(
             config,

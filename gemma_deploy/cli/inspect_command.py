@@ -1,6 +1,5 @@
 """`gemma-deploy inspect`: what a bundle or checkpoint holds, and the memory it needs."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,8 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
 
     Only headers and sizes are read, so it answers at once for a model of any size; `verify` checks
     the contents. Weights and KV cache are exact, activations are an estimate of the peak while a
-    prompt is read; what the backend itself needs comes on top.
+    prompt is read. A GPU holds the weights as stored; a CPU computes with float32 copies of them.
+    The backend's own code comes on top.
     """
     from gemma_deploy.inspection import inspect_folder
     from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS
@@ -64,7 +64,7 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
         for length in lengths or sorted({min(_SHORT_SEQ_LEN, limit), limit})
     ]
     if as_json:
-        rows = [dataclasses.asdict(e) | {"total_bytes": e.total_bytes} for e in estimates]
+        rows = [estimate.to_dict() for estimate in estimates]
         emit_json(inspection.to_dict() | {"memory": rows}, indent=1)
         return
     _print(inspection, estimates)
@@ -108,13 +108,11 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
 
 
 def _memory(estimate: "MemoryEstimate") -> str:
-    parts = (
-        ("weights", estimate.weights_bytes),
-        ("KV cache", estimate.kv_cache_bytes),
-        ("activations", estimate.activation_bytes),
+    return (
+        f"CPU {format_bytes(estimate.cpu_total_bytes)}, GPU {format_bytes(estimate.gpu_total_bytes)}; "
+        f"of it KV cache {format_bytes(estimate.kv_cache_bytes)}, activations "
+        f"{format_bytes(estimate.activation_bytes)}"
     )
-    text = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-    return f"{format_bytes(estimate.total_bytes)} = {text}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -111,7 +111,18 @@ class TestEstimate:
 
         assert result.kv_cache_bytes == 150_994_944
         assert result.weights_bytes == 5_012_344_832
-        assert result.total_bytes == 5_012_344_832 + 150_994_944 + result.activation_bytes
+        assert result.gpu_total_bytes == 5_012_344_832 + 150_994_944 + result.activation_bytes
+        # All but the 37 norms of 2048, 4 bytes each.
+        assert result.cpu_weights_bytes == (2_506_172_416 - 37 * 2048) * 4
+        assert result.cpu_total_bytes == (
+            result.cpu_weights_bytes + 150_994_944 + result.activation_bytes
+        )
+
+    def test_an_embedding_that_is_no_head_is_not_copied(self) -> None:
+        untied = GemmaConfig.from_dict(SMALL.to_dict() | {"tie_word_embeddings": False})
+
+        # As many matrices are multiplied with: the head instead of the embedding.
+        assert memory.cpu_weights_bytes(untied) == memory.cpu_weights_bytes(SMALL) == 2336 * 4
 
     def test_a_short_cache_needs_no_long_chunk(self) -> None:
         result = memory.estimate(

@@ -47,9 +47,9 @@ class TestBundle:
         # 2 (key, value) * 3 layers * 1 head * 64 * 4 bytes * 3 rows * 100 tokens.
         assert short["kv_cache_bytes"] == 2 * 3 * 64 * 4 * 3 * 100
         assert long["kv_cache_bytes"] == 2 * short["kv_cache_bytes"]
-        assert short["total_bytes"] == (
-            short["weights_bytes"] + short["kv_cache_bytes"] + short["activation_bytes"]
-        )
+        activations_and_cache = short["kv_cache_bytes"] + short["activation_bytes"]
+        assert short["gpu_total_bytes"] == short["weights_bytes"] + activations_and_cache
+        assert short["cpu_total_bytes"] == short["cpu_weights_bytes"] + activations_and_cache
 
     def test_longer_than_the_model(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("inspect", bundle, "--max-seq-len", 9000)
