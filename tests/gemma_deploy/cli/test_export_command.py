@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,22 @@ class TestExport:
         assert result.exit_code == 1
         assert "Error: " in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+    def test_ctrl_c_leaves_nothing_behind(
+        self,
+        start: Callable[..., "subprocess.Popen[bytes]"],
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        with start("export", bundle_checkpoint, "-o", "out") as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            stderr = process.stderr.read()
+
+        assert process.returncode == 130
+        assert stderr.endswith(b"Interrupted.\n")
+        assert not list(tmp_path.iterdir())
 
 
 class TestHub:
