@@ -2,8 +2,9 @@
 
 Everything but `Session.step` counts as the loop: choosing tokens, stopping, turning them into text.
 The goal is under 5 % of a step at the shape of Gemma 3 270M (V 256,000; a step is about 25 ms in
-float32 on two cores). Prompts are random tokens and ends of text are ignored. The last line of stdout
-is one JSON object.
+float32 on two cores). Prompts are random tokens and ends of text are ignored. Random weights give
+nearly equal probabilities, where top-p without top-k has to sort the whole vocabulary: trained models
+do not come to that. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -122,8 +123,8 @@ def main() -> None:
         }
         for reading in readings
     }
-    is_met = max(reading.share for reading in readings) < GOAL_SHARE
-    print(json.dumps({"goal_share": GOAL_SHARE, "is_goal_met": is_met, "methods": figures}))
+    missed = [reading.method for reading in readings if reading.share >= GOAL_SHARE]
+    print(json.dumps({"goal_share": GOAL_SHARE, "missed_by": missed, "methods": figures}))
 
 
 if __name__ == "__main__":

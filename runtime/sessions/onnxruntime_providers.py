@@ -62,7 +62,9 @@ def create_inference_session(
     if device.kind == "cpu" or missing is not None:
         return _load(graph, options, [_CPU]), Device(kind="cpu")
     with _quiet(options) as said:
-        providers: list[Any] = [(_CUDA, {"device_id": device.index}), _CPU]
+        # TF32 would round what a float32 graph still multiplies (the logits) to 10 bits of mantissa.
+        cuda_options = {"device_id": device.index, "use_tf32": 0}
+        providers: list[Any] = [(_CUDA, cuda_options), _CPU]
         session = _load(graph, options, providers)
     if _CUDA in session.get_providers():
         return session, Device(kind="cuda", index=device.index)

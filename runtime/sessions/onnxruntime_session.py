@@ -9,13 +9,14 @@ import onnxruntime as ort
 
 from gemma_deploy.bundle import Bundle, check_external_data
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import BundleError, SessionError
+from gemma_deploy.errors import BackendUnavailableError, BundleError, SessionError
 from gemma_deploy.graph_spec import (
     INPUT_IDS,
     INPUT_POS,
     LOGITS,
     LOGITS_INDEX,
     Phase,
+    Precision,
     TensorSpec,
 )
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
@@ -42,6 +43,8 @@ class OnnxRuntimeSession:
     run the decode graph, which is how it is verified.
 
     Steps on CUDA (caches on the device, tokens and logits on the host) have not run on hardware yet.
+    ONNX Runtime's CUDA provider has GroupQueryAttention in 16 bits only; a bundle that computes in
+    float32 would carry its whole cache to the CPU and back at every step, so it runs on the CPU.
 
     Attributes:
         config: The model.
@@ -68,13 +71,14 @@ class OnnxRuntimeSession:
             use_decode_graph: Whether to load the decode graph too and use it for single tokens.
 
         Raises:
-            BackendUnavailableError: CUDA was asked for and does not work here.
+            BackendUnavailableError: CUDA was asked for and does not work here, or not in float32.
             BundleError: The graphs do not have the inputs and outputs the manifest says.
             SessionError: ONNX Runtime cannot load the graphs.
         """
         self.config: GemmaConfig = bundle.config
         self._spec = bundle.manifest.spec("prefill")
-        self._prefill = _Graph(bundle, "prefill", device or Device(kind="auto"), threads)
+        device = _with_attention(device or Device(kind="auto"), bundle.manifest.precision)
+        self._prefill = _Graph(bundle, "prefill", device, threads)
         self.device = self._prefill.device
         self._decode = _Graph(bundle, "decode", self.device, threads) if use_decode_graph else None
 
@@ -147,6 +151,19 @@ class OnnxRuntimeSession:
         return value.data_ptr(), (value, zeros)
 
 
+def _with_attention(device: Device, precision: Precision) -> Device:
+    """Return the device, or the CPU for `auto`, where attention runs in the cache's dtype."""
+    if device.kind == "cpu" or precision.cache != "float32":
+        return device
+    if device.kind == "cuda":
+        raise BackendUnavailableError(
+            "ONNX Runtime has no CUDA attention for this bundle, which computes in "
+            f"{precision.activations} (weights in {precision.weights}): export it with --dtype "
+            "float16, or use the device cpu"
+        )
+    return Device(kind="cpu")
+
+
 class _Graph:
     """One loaded graph and the memory that is bound to its inputs and outputs."""
 
@@ -155,6 +172,7 @@ class _Graph:
         check_external_data(bundle.folder, path)
         self._name = path.name
         self._spec = bundle.manifest.spec(phase)
+        self._session: Any
         self._session, self.device = create_inference_session(path, device, threads)
         _check_ports(self._name, "inputs", self._session.get_inputs(), self._spec.inputs)
         _check_ports(self._name, "outputs", self._session.get_outputs(), self._spec.outputs)
@@ -170,6 +188,8 @@ class _Graph:
         cache: CacheBuffers,
     ) -> npt.NDArray[np.float32]:
         """Run one step; the logits are overwritten by the next one."""
+        if self._session is None:
+            raise SessionError("the session is closed: load the model again")
         given = {INPUT_IDS: input_ids, INPUT_POS: input_pos, LOGITS_INDEX: logits_index}
         inputs = {
             spec.name: np.ascontiguousarray(given[spec.name], dtype=np.int64)
@@ -191,8 +211,7 @@ class _Graph:
 
     def close(self) -> None:
         """Let go of the session and of everything bound to it."""
-        self._bound_cache = None
-        del self._binding, self._session
+        self._session = self._binding = self._bound_cache = None
 
     def _bind_cache(self, cache: CacheBuffers) -> None:
         if cache is self._bound_cache:

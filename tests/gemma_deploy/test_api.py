@@ -64,7 +64,11 @@ def test_pipeline_takes_a_folder_or_a_loaded_model(bundle: Path) -> None:
         (lambda b: gemma_deploy.load(b / "no"), RequestError, "does not exist"),
         (lambda b: gemma_deploy.load(b, "tf"), RequestError, "backend is 'tf'"),
         (lambda b: gemma_deploy.load(b, device="x"), RequestError, "device is 'x'"),
-        (lambda b: gemma_deploy.load(b, device="cuda:64"), BackendUnavailableError, "cuda:64"),
+        (
+            lambda b: gemma_deploy.load(b, device="cuda:64"),
+            BackendUnavailableError,
+            "--dtype float16",
+        ),
         (lambda b: gemma_deploy.load(b, max_seq_len=0), RequestError, "max_seq_len is 0"),
         (lambda b: gemma_deploy.pipeline("ner", model=b), RequestError, "only 'text-generation'"),
         (lambda _: gemma_deploy.pipeline("text-generation"), RequestError, "model is missing"),

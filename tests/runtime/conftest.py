@@ -114,7 +114,10 @@ class ScriptedCache:
 
 @dataclass
 class ScriptedSession:
-    """Says the sum of the row's tokens so far plus one, modulo V: any misplaced token changes it."""
+    """Says the sum of the row's tokens so far plus one, modulo V: any misplaced token changes it.
+
+    Its logits are in the same memory at every step, which the protocol allows.
+    """
 
     vocab_size: int = 16
     steps: list[tuple[int, int]] = field(default_factory=list)
@@ -122,6 +125,7 @@ class ScriptedSession:
     on_step: Callable[[int], object] = lambda _: None
     xp: Any = array_api_numpy
     is_closed: bool = False
+    memory: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
     def config(self) -> GemmaConfig:
@@ -144,7 +148,11 @@ class ScriptedSession:
         assert cache.tokens.shape[0] == rows
         assert all(array.dtype == np.int64 for array in (input_ids, input_pos, logits_index))
         self.on_step(len(self.steps))
-        logits = np.zeros((rows, logits_index.shape[1], self.vocab_size), np.float32)
+        shape = rows, logits_index.shape[1], self.vocab_size
+        if self.memory.size < np.prod(shape):
+            self.memory = np.empty(np.prod(shape), np.float32)
+        logits = self.memory[: np.prod(shape)].reshape(shape)
+        logits[:] = 0
         for row, start in enumerate(input_pos.tolist()):
             assert start + length <= cache.max_seq_len
             cache.tokens[row, start : start + length] = input_ids[row]

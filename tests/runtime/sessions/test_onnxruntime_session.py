@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from gemma_deploy.bundle import MANIFEST_FILE, Bundle
-from gemma_deploy.errors import BundleError, SessionError, UnsafePathError
+from gemma_deploy.errors import (
+    BackendUnavailableError,
+    BundleError,
+    SessionError,
+    UnsafePathError,
+)
+from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.generator import BatchGeneration
 from gemma_deploy.runtime.request import GenerationOptions
@@ -160,6 +166,21 @@ def test_a_step_beyond_the_cache_is_refused(onnxruntime_session: Any) -> None:
         run_ids(session, cache, np.ones((1, 2), np.int64), 7, [0])
 
 
+def test_float32_has_no_attention_on_cuda(text_bundle: Any) -> None:
+    bundle = Bundle.open(text_bundle("gemma1"))
+    with pytest.raises(BackendUnavailableError, match=r"computes in float32.*--dtype float16"):
+        OnnxRuntimeSession(bundle, device=Device(kind="cuda"))
+    with OnnxRuntimeSession(bundle, threads=1) as session:
+        assert session.device == Device(kind="cpu")
+
+
+def test_a_closed_session_says_so(text_bundle: Any) -> None:
+    with load(Bundle.open(text_bundle("gemma1"))) as session:
+        cache = session.new_cache(1, 8)
+    with pytest.raises(SessionError, match="the session is closed: load the model again"):
+        run_ids(session, cache, np.ones((1, 1), np.int64), 0, [0])
+
+
 def test_a_foreign_cache_is_refused(onnxruntime_session: Any) -> None:
     with pytest.raises(SessionError, match="cache is a list; expected one from this session"):
         run_ids(onnxruntime_session("gemma1"), [], np.ones((1, 1), np.int64), 0, [0])
@@ -232,3 +253,19 @@ def test_a_graph_that_is_no_graph_is_refused(changed_bundle: Any) -> None:
 
     with pytest.raises(SessionError, match=r"cannot load .*prefill\.onnx.*gemma-deploy verify"):
         load(changed_bundle(empty))
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_logits_of_the_cpu(
+    tmp_path: Path, text_checkpoint: Any, random_tokens: Any
+) -> None:
+    bundle = export_checkpoint(text_checkpoint("gemma1"), tmp_path / "bundle", dtype="float16")
+    prompts = ragged_prompts(random_tokens, 8)
+    logits = {}
+    for kind in ("cpu", "cuda"):
+        with OnnxRuntimeSession(bundle, device=Device(kind=kind)) as session:
+            ids = random_tokens(3, 30).numpy()
+            logits[kind] = run_ids(session, session.new_cache(3, 40), ids, 0, [29]).copy()
+            assert [len(text) for text in greedy_texts(session, prompts)] == [NEW_TOKENS] * 8
+    # float16 sums of about 10, in another order.
+    np.testing.assert_allclose(logits["cuda"], logits["cpu"], atol=0.1, rtol=0)
