@@ -130,6 +130,15 @@ def test_force_does_not_replace_what_others_made(output: Path, kind: str) -> Non
     assert kind == "dangling link" or thesis.read_text() == "precious"
 
 
+def test_force_does_not_replace_a_link_to_what_we_made(ours: Path) -> None:
+    link = ours.with_name("link")
+    link.symlink_to(ours)
+    with pytest.raises(OutputExistsError, match="it is not replaced even with --force"):
+        write(link, force=True)
+    assert link.readlink() == ours
+    assert (ours / MARK).read_text() == "old"
+
+
 def test_the_check_alone_accepts_a_free_place(output: Path) -> None:
     check_replaceable(output, force=False, replaceable=MARK)
     assert not output.exists()
