@@ -4,7 +4,6 @@ Packages are looked up by their metadata, not imported (onnxruntime excepted: on
 which execution providers work), and the GPU is asked through the driver library itself.
 """
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Final
+
+from gemma_deploy.cuda_driver import Gpu, read_driver
 
 PACKAGES: Final = (
     "gemma-deploy",
@@ -48,23 +49,6 @@ _CPU_FEATURES: Final = (
     "bf16",
     "sve",
 )
-_CUDA_DRIVERS: Final = {"Linux": "libcuda.so.1", "Windows": "nvcuda.dll"}
-_COMPUTE_CAPABILITY_ATTRIBUTES: Final = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One CUDA device.
-
-    Attributes:
-        name: As the driver calls it.
-        compute_capability: (major, minor).
-        memory_bytes: Its whole memory.
-    """
-
-    name: str
-    compute_capability: tuple[int, int]
-    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +91,7 @@ class Machine:
 def read_machine() -> Machine:
     """Look at this machine; takes about a second and changes nothing."""
     cpu, features = _read_cpu()
-    driver, gpus = _read_gpus()
+    driver, gpus = read_driver()
     compiled, working, error = _read_providers()
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
@@ -172,40 +156,6 @@ def _memory_bytes() -> int | None:
     limit_file = Path("/sys/fs/cgroup/memory.max")
     limit = limit_file.read_text(encoding="utf-8").strip() if limit_file.is_file() else ""
     return min(physical, int(limit)) if limit.isdigit() else physical
-
-
-def _read_gpus() -> tuple[str | None, tuple[Gpu, ...]]:
-    """Return the driver's CUDA version and its devices.
-
-    https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__DEVICE.html
-    """
-    try:
-        cuda = ctypes.CDLL(_CUDA_DRIVERS.get(platform.system(), "libcuda.so.1"))
-    except OSError:
-        return None, ()
-    version, count = ctypes.c_int(), ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None, ()
-    driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return driver, ()
-    return driver, tuple(_read_gpu(cuda, ordinal) for ordinal in range(count.value))
-
-
-def _read_gpu(cuda: ctypes.CDLL, ordinal: int) -> Gpu:
-    device, memory_bytes = ctypes.c_int(), ctypes.c_size_t()
-    name = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGet(ctypes.byref(device), ordinal)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory_bytes), device)
-    capability = [ctypes.c_int(), ctypes.c_int()]
-    for value, attribute in zip(capability, _COMPUTE_CAPABILITY_ATTRIBUTES, strict=True):
-        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-    return Gpu(
-        name=name.value.decode(errors="replace"),
-        compute_capability=(capability[0].value, capability[1].value),
-        memory_bytes=memory_bytes.value,
-    )
 
 
 def _read_providers() -> tuple[tuple[str, ...], tuple[str, ...], str | None]:

@@ -1,7 +1,7 @@
 """Prompts to text with a loaded model: `TextGenerator`."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from gemma_deploy.errors import GemmaDeployError, RequestError
@@ -125,27 +125,43 @@ class TextGenerator:
             NonFiniteLogitsError: The model put out NaN or infinity.
             SessionError: The backend failed.
         """
+        return list(
+            self.generate_each(
+                prompts, options, batch_size=batch_size, is_cancelled=is_cancelled, **overrides
+            )
+        )
+
+    def generate_each(
+        self,
+        prompts: str | Sequence[str],
+        options: GenerationOptions | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        is_cancelled: Callable[[], bool] = never,
+        **overrides: Any,
+    ) -> Iterator[GenerationResult]:
+        """Yield what `generate` returns, each batch as soon as it is done.
+
+        All prompts are checked at once; the model first runs when a result is asked for.
+        """
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         options = _with_overrides(options, overrides)
         prompt_ids = [self._encode(number, text) for number, text in enumerate(texts)]
-        if not texts:
-            return []
-        capacity = self._capacity(prompt_ids, options)
-        results: list[GenerationResult] = []
-        for start in range(0, len(texts), batch_size):
-            batch = self._batch(
-                prompt_ids[start : start + batch_size], options, capacity, first_row=start
-            )
-            is_interrupted = self._run(batch, is_cancelled)
-            results += [
-                self._result(text, row, self._text_of(row))
-                for text, row in zip(texts[start : start + batch_size], batch.rows, strict=True)
-            ]
-            if is_interrupted:
-                is_cancelled = _always
-        return results
+        capacity = self._capacity(prompt_ids, options) if texts else 0
+        starts = range(0, len(texts), batch_size)
+
+        def results() -> Iterator[GenerationResult]:
+            is_interrupted = False
+            for start in starts:
+                batch = slice(start, start + batch_size)
+                rows = self._batch(prompt_ids[batch], options, capacity, first_row=start)
+                is_interrupted |= self._run(rows, _always if is_interrupted else is_cancelled)
+                for text, row in zip(texts[batch], rows.rows, strict=True):
+                    yield self._result(text, row, self._text_of(row))
+
+        return results()
 
     def stream(
         self,

@@ -107,11 +107,9 @@ def command(
         elif len(texts) == 1:
             outputs = iter([generator.stream(texts[0], options, is_cancelled=is_cancelled)])
         else:
-            with working(f"generating for {len(texts)} prompts"):
-                found = generator.generate(
-                    texts, options, batch_size=batch_size, is_cancelled=is_cancelled
-                )
-            outputs = iter(found)
+            outputs = generator.generate_each(
+                texts, options, batch_size=batch_size, is_cancelled=is_cancelled
+            )
         results = _print(outputs, texts, is_streamed=not (as_json or no_stream), as_json=as_json)
     _summarize(results, time.perf_counter() - started)
     if any(result.finish_reason == "cancelled" for result in results):

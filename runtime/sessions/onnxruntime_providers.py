@@ -9,8 +9,9 @@ from typing import Any
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from gemma_deploy.cuda_driver import cuda_device_count
 from gemma_deploy.errors import BackendUnavailableError, SessionError
-from gemma_deploy.runtime.devices import Device, cuda_device_count
+from gemma_deploy.runtime.devices import Device
 
 ORT_ERRORS = (
     ort_errors.EPFail,

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.doctor import Capability, capabilities, warnings
-from gemma_deploy.machine import Gpu, Machine
+from gemma_deploy.machine import Machine
 
 BARE = Machine(
     system="Linux x86_64",

@@ -68,6 +68,21 @@ def test_batch_size_does_not_change_the_text(
     assert [result.text for result in results] == expected
 
 
+def test_each_batch_is_given_as_soon_as_it_is_done(
+    text_checkpoint: Any, scripted_session: Any
+) -> None:
+    generator = make_generator(text_checkpoint, scripted_session)
+    results = generator.generate_each(["a", "b", "c"], batch_size=2, max_new_tokens=3)
+    assert scripted_session.steps == []
+    next(results)
+    num_steps_of_first_batch = len(scripted_session.steps)
+    assert num_steps_of_first_batch > 0
+    next(results)
+    assert len(scripted_session.steps) == num_steps_of_first_batch
+    assert [result.prompt for result in results] == ["c"]
+    assert len(scripted_session.steps) > num_steps_of_first_batch
+
+
 def test_overrides_replace_options(generator: TextGenerator) -> None:
     options = GenerationOptions(max_new_tokens=9, temperature=1.0, seed=1)
     (result,) = generator.generate("Names", options, max_new_tokens=3)

@@ -4,8 +4,9 @@ import onnxruntime as ort
 import pytest
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.cuda_driver import cuda_device_count
 from gemma_deploy.errors import BackendUnavailableError
-from gemma_deploy.runtime.devices import Device, cuda_device_count
+from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions import onnxruntime_providers
 from gemma_deploy.runtime.sessions.onnxruntime_providers import create_inference_session
 
