@@ -24,8 +24,8 @@ from gemma_deploy.model.heads import GemmaForCausalLM
 from samples.tiny_gemma_documents import read_documents
 from samples.tiny_gemma_tokenizer import CONTROL_TOKENS, train_tokenizer
 
-CONTEXT_TOKENS = 256
-BATCH_ROWS = 8
+CONTEXT_TOKENS = 512
+BATCH_ROWS = 4
 DEFAULT_STEPS = 1300
 PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
