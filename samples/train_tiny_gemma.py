@@ -61,8 +61,20 @@ DOCUMENT_SEPARATOR = "\n\n\n"
     type=click.IntRange(min=1),
     help="Read no more documents than this: a quick try.  [default: all]",
 )
+@click.option(
+    "--continue-from",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Start from the weights of a checkpoint this program wrote, instead of random ones.",
+)
 def main(
-    *, output: Path, steps: int, seed: int, threads: int, vocab_size: int, max_documents: int | None
+    *,
+    output: Path,
+    steps: int,
+    seed: int,
+    threads: int,
+    vocab_size: int,
+    max_documents: int | None,
+    continue_from: Path | None,
 ) -> None:
     """Train a small Gemma on the documentation that ships with Python.
 
@@ -86,6 +98,9 @@ def main(
             "to train on and one to hold out. Give a larger --max-documents"
         )
     model = new_model(vocab_size)
+    if continue_from is not None:
+        earlier = GemmaForCausalLM.from_pretrained(continue_from, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
     num_parameters = sum(p.numel() for p in model.parameters())
     click.echo(f"{num_parameters:,} parameters, {num_tokens:,} training tokens", err=True)
 
