@@ -5,38 +5,62 @@ from collections.abc import Callable
 import pytest
 from click.testing import Result
 
-from gemma_deploy.machine import Machine, read_machine
+from gemma_deploy.machine import Machine
+
+SOUND = Machine(
+    system="Linux x86_64",
+    python="3.12.1",
+    cpu="A processor",
+    cpu_features=("avx2",),
+    cores=4,
+    memory_bytes=16 << 30,
+    free_disk_bytes=100 << 30,
+    packages={"torch": "2.9.0", "onnx": "1.19.0", "onnxscript": "0.5", "onnxruntime-gpu": "1.24.0"},
+    torch_cuda=None,
+    cuda_driver=None,
+    gpus=(),
+    compiled_providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    working_providers=("CPUExecutionProvider",),
+    onnxruntime_error=None,
+)
 
 
 class TestDoctor:
-    def test_says_what_runs_here(self, invoke: Callable[..., Result]) -> None:
+    def test_says_what_runs(
+        self, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pretend(monkeypatch, SOUND)
+
         result = invoke("doctor")
 
         assert result.exit_code == 0
-        assert "yes  ONNX Runtime on the CPU: onnxruntime" in result.stdout
+        assert "yes  ONNX Runtime on the CPU: onnxruntime-gpu 1.24.0" in result.stdout
         assert "working: CPUExecutionProvider" in result.stdout
+        assert "Warning" not in result.stdout
 
-    def test_json_holds_facts_and_verdicts(self, invoke: Callable[..., Result]) -> None:
+    def test_json_holds_facts_and_verdicts(
+        self, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pretend(monkeypatch, SOUND)
+
         result = invoke("doctor", "--json")
 
         report = json.loads(result.stdout)
         verdicts = {c["name"]: c["is_available"] for c in report["capabilities"]}
         assert verdicts["ONNX Runtime on the CPU"] is True
-        assert report["machine"]["cores"] >= 1
+        assert report["machine"]["cores"] == 4
         assert report["warnings"] == []
 
     def test_a_machine_that_runs_nothing(
         self, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def broken() -> Machine:
-            return dataclasses.replace(
-                read_machine(),
-                working_providers=(),
-                onnxruntime_error="libfoo is missing",
-                packages={"onnxruntime": "1.24", "onnxruntime-gpu": "1.24"},
-            )
-
-        monkeypatch.setattr("gemma_deploy.machine.read_machine", broken)
+        broken = dataclasses.replace(
+            SOUND,
+            working_providers=(),
+            onnxruntime_error="libfoo is missing",
+            packages={"onnxruntime": "1.24", "onnxruntime-gpu": "1.24"},
+        )
+        pretend(monkeypatch, broken)
 
         result = invoke("doctor")
 
@@ -44,3 +68,12 @@ class TestDoctor:
         assert "no   ONNX Runtime on the CPU: libfoo is missing" in result.stdout
         assert "-> pip install --upgrade --force-reinstall onnxruntime-gpu" in result.stdout
         assert "Warning: both onnxruntime and onnxruntime-gpu are installed" in result.stdout
+
+    def test_this_machine(self, invoke: Callable[..., Result]) -> None:
+        result = invoke("doctor", "--json")
+
+        assert json.loads(result.stdout)["machine"]["cores"] >= 1
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    monkeypatch.setattr("gemma_deploy.machine.read_machine", lambda: machine)
