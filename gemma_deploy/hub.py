@@ -10,14 +10,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from gemma_deploy.errors import CheckpointError, HubError
+from gemma_deploy.checkpoint_files import LICENCE_PATTERNS
+from gemma_deploy.errors import CheckpointError, HubError, RequestError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 INSTALL_LINE: Final = 'pip install "gemma-deploy[hub]"'
 
-# Weights, what describes them, the tokenizer, and the terms they come under. Never pickle or GGUF.
+# Weights, what describes them, and the tokenizer; `download` adds the licences. Never pickle or GGUF.
 WANTED_FILES: Final = (
     "config.json",
     "generation_config.json",
@@ -30,9 +31,6 @@ WANTED_FILES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
 # A pattern's `*` also matches `/`; and some repositories hold the weights twice.
 UNWANTED_FILES: Final = ("*/*", "consolidated*.safetensors", "adapter_model*.safetensors")
@@ -54,22 +52,25 @@ def resolve_checkpoint(source: str, *, revision: str | None = None) -> Path:
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
-        CheckpointError: `source` is neither a folder nor the form of a hub id.
+        RequestError: A revision of a folder, or nothing is at `source` and it is no hub id.
+        CheckpointError: `source` is a file.
         HubError: See `download`.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise HubError(
+            raise RequestError(
                 f"revision {revision!r} was given, but {source} is a folder on this machine: "
                 "leave the revision out, or run where no such folder exists"
             )
         return folder
     if is_hub_id(source) and not folder.exists():
         return download(source, revision=revision)
-    found = "a file" if folder.exists() else "not there"
-    raise CheckpointError(
-        f"{source} is {found}; expected a folder in Hugging Face layout (config.json and "
+    is_file = folder.exists()
+    # A path mistyped is a request that cannot be; a file in place of a folder is a broken checkpoint.
+    error = CheckpointError if is_file else RequestError
+    raise error(
+        f"{source} is {'a file' if is_file else 'not there'}; expected a folder in Hugging Face layout (config.json and "
         "*.safetensors), or a model on the hub such as google/gemma-2b"
     )
 
@@ -117,7 +118,7 @@ def download(
             endpoint=endpoint,
             cache_dir=cache_folder,
             token=token,
-            allow_patterns=list(WANTED_FILES),
+            allow_patterns=[*WANTED_FILES, *map(_in_any_case, LICENCE_PATTERNS)],
             ignore_patterns=list(UNWANTED_FILES),
             library_name="gemma-deploy",
         )
@@ -125,6 +126,19 @@ def download(
         address = endpoint or constants.ENDPOINT
         raise HubError(_explain(err, repo_id, revision, address)) from err
     return _checked(Path(folder), repo_id)
+
+
+def _in_any_case(pattern: str) -> str:
+    """Return a pattern in lower case so that it matches any case: `[ab]c*` becomes `[abAB][cC]*`.
+
+    huggingface_hub tells case apart. Listing the repository's files first would ask the hub once
+    more, and a model that is in the cache could not be exported offline.
+    """
+    return re.sub(
+        r"\[(?P<set>[a-z]+)\]|(?P<letter>[a-z])",
+        lambda m: f"[{m['set'] or m['letter']}{(m['set'] or m['letter']).upper()}]",
+        pattern,
+    )
 
 
 def _checked(folder: Path, repo_id: str) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +102,17 @@ def _oid(body: bytes) -> str:
 
 
 @pytest.fixture
-def hub_server() -> Iterator[HubServer]:
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide what this environment says of hubs and proxies, from the test and what it starts."""
+    for name in os.environ:
+        if name.startswith("HF_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    # Read from the environment when huggingface_hub was imported, by whichever test came first.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub_server(online: None) -> Iterator[HubServer]:  # noqa: ARG001 - needed for what it does
     """A hub on 127.0.0.1, empty until a test gives it models."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     hub = HubServer(endpoint=f"http://127.0.0.1:{server.server_port}")

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma_deploy import hub
-from gemma_deploy.errors import CheckpointError, HubError
+from gemma_deploy.checkpoint_files import is_licence
+from gemma_deploy.errors import CheckpointError, HubError, RequestError
 
 if TYPE_CHECKING:
     from tests.gemma_deploy.conftest import HubServer
+
+pytestmark = pytest.mark.usefixtures("online")
 
 MODEL = "org/tiny-gemma"
 FILES = {
@@ -23,7 +26,13 @@ FILES = {
     "tokenizer_config.json": b"its config",
     "chat_template.jinja": b"template",
     "LICENSE": b"terms",
-    "NOTICE.txt": b"notice",
+    "LICENCE": b"British terms",
+    "license.txt": b"small terms",
+    "NOTICE": b"notice",
+    "notice.txt": b"small notice",
+    "COPYING": b"GNU terms",
+    "Gemma_Terms_of_Use.md": b"terms of use",
+    "PROHIBITED_USE_POLICY.md": b"policy",
 }
 REFUSED = {
     "pytorch_model.bin": b"pickle",
@@ -31,6 +40,7 @@ REFUSED = {
     "README.md": b"words",
     "consolidated.safetensors": b"again",
     "onnx/model.safetensors": b"elsewhere",
+    "onnx/LICENSE": b"its terms",
 }
 
 
@@ -44,6 +54,15 @@ class TestDownload:
 
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
         assert sorted(hub_server.downloads) == sorted(FILES)
+
+    def test_every_licence_travels(self, hub_server: "HubServer", tmp_path: Path) -> None:
+        hub_server.models[MODEL] = FILES | REFUSED
+
+        folder = download(hub_server, tmp_path)
+
+        licences = {name for name in FILES | REFUSED if is_licence(name)}
+        assert len(licences) == 8
+        assert licences <= {path.name for path in folder.iterdir()}
 
     def test_a_second_time_fetches_nothing(self, hub_server: "HubServer", tmp_path: Path) -> None:
         hub_server.models[MODEL] = FILES
@@ -162,12 +181,12 @@ class TestResolveCheckpoint:
         assert hub.resolve_checkpoint(MODEL) == Path(MODEL)
 
     def test_a_folder_has_no_revisions(self, tmp_path: Path) -> None:
-        with pytest.raises(HubError, match=r"revision 'v1' was given, but .* is a folder"):
+        with pytest.raises(RequestError, match=r"revision 'v1' was given, but .* is a folder"):
             hub.resolve_checkpoint(str(tmp_path), revision="v1")
 
     @pytest.mark.parametrize("source", ["./org/name", "/org/name", "a/b/c", "name", "~/name"])
     def test_neither_a_folder_nor_a_hub_id(self, source: str) -> None:
-        with pytest.raises(CheckpointError, match="is not there; expected a folder"):
+        with pytest.raises(RequestError, match="is not there; expected a folder"):
             hub.resolve_checkpoint(source)
 
     def test_a_file(self, tmp_path: Path) -> None:

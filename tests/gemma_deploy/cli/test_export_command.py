@@ -94,7 +94,7 @@ class TestExport:
     def test_nothing_there(self, invoke: Callable[..., Result], tmp_path: Path) -> None:
         result = invoke("export", tmp_path / "nowhere", "-o", tmp_path / "out")
 
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "is not there; expected a folder in Hugging Face layout" in result.stderr
         assert not (tmp_path / "out").exists()
 
@@ -128,6 +128,14 @@ class TestExport:
         assert stderr.endswith(b"Interrupted.\n")
         assert not list(tmp_path.iterdir())
 
+    def test_a_folder_has_no_revisions(
+        self, invoke: Callable[..., Result], bundle_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        result = invoke("export", bundle_checkpoint, "-o", tmp_path / "out", "--revision", "v1")
+
+        assert result.exit_code == 2
+        assert "revision 'v1' was given, but" in result.stderr
+
 
 class TestHub:
     def test_downloads_and_exports(
@@ -152,6 +160,20 @@ class TestHub:
         assert made["files"] == expected["files"]
         assert report["size_bytes"] == sum(f["size_bytes"] for f in made["files"].values())
         assert "pytorch_model.bin" not in hub_server.downloads
+
+    def test_asks_for_the_revision(
+        self,
+        start: Callable[..., "subprocess.Popen[bytes]"],
+        hub_server: "HubServer",
+        tmp_path: Path,
+    ) -> None:
+        hub_server.models["org/tiny"] = {"config.json": b"{}", "model.safetensors": b"x"}
+
+        code, _, stderr = run_export(start, hub_server, tmp_path, "--revision", "v9")
+
+        assert code == 1
+        assert "org/tiny has no revision 'v9'" in stderr
+        assert not hub_server.downloads
 
     def test_gated(
         self,
