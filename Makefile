@@ -44,7 +44,7 @@ contracts: setup
 
 # Installs the wheel where nothing else is: it must hold every package, and --help must need no torch.
 wheel: setup
-	rm -rf build/wheel
+	rm -rf build/wheel build/lib
 	$(BIN)/python -m build --quiet --wheel --outdir build/wheel
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheel/*.whl

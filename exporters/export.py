@@ -17,7 +17,7 @@ from gemma_deploy.bundle import (
     record_file,
 )
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import ConfigError, ExportError
+from gemma_deploy.errors import BundleError, ConfigError, ExportError, OutputExistsError
 from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.weights import StoredTensor, plan_weights, write_weights
 from gemma_deploy.graph_spec import PHASES, DType, Phase, Precision
@@ -41,6 +41,7 @@ _PRODUCERS = (
     "onnxruntime",
 )
 _STORED_AS: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HEAD_DIM_MULTIPLE = 8
 # Graphs, tokenizer and manifest together; a 262k-entry tokenizer.json has 33 MB.
 _SMALL_FILES_BYTES = 64 << 20
 
@@ -68,17 +69,19 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: Weights missing, truncated, of the wrong shape or dtype, or not finite.
-        ConfigError: Another model family, or bidirectional attention (an encoder).
-        OutputExistsError: `output` exists and `force` is False.
+        ConfigError: Another model family, bidirectional attention (an encoder), or a head_dim that
+            ONNX Runtime's attention does not take.
+        TokenizerError: The tokenizer's files cannot be read.
+        OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
         ExportError: The disk is too small, `output` cannot be written, or torch failed.
     """
     check_replaceable(output.absolute(), force=force, replaceable=MANIFEST_FILE)
+    _check_nothing_else_is_replaced(checkpoint, output)
     source = Checkpoint.open(checkpoint)
-    if source.config.use_bidirectional_attention:
-        raise ConfigError(
-            f"{checkpoint} attends in both directions (use_bidirectional_attention): an encoder, "
-            "which cannot generate text. Only causal models are exported"
-        )
+    _check_config(source)
+    if GemmaTokenizer.files(checkpoint):
+        # A bundle whose tokenizer cannot be read would be of no use.
+        GemmaTokenizer.from_pretrained(checkpoint)
     precision = Precision.of(dtype or _own_dtype(source))
     plan = plan_weights(source, precision)
     with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
@@ -90,6 +93,43 @@ def export_checkpoint(
         on_progress("finishing", len(PHASES), len(PHASES))
         _write_manifest(source, precision, folder, {WEIGHTS_FILE: record})
     return Bundle.open(output)
+
+
+def _check_nothing_else_is_replaced(checkpoint: Path, output: Path) -> None:
+    """Refuse to replace a bundle together with what else lies in its folder."""
+    if not output.is_dir():
+        return
+    if checkpoint.resolve().is_relative_to(output.resolve()):
+        raise OutputExistsError(
+            f"{output} holds the checkpoint {checkpoint}, which would be replaced with it: choose "
+            "another output"
+        )
+    if not any(output.iterdir()):
+        return
+    try:
+        known = {MANIFEST_FILE, *Bundle.open(output).manifest.files}
+    except BundleError:
+        return  # damaged, and to be replaced: what belongs to it cannot be told
+    others = sorted(path.name for path in output.iterdir() if path.name not in known)
+    if others:
+        raise OutputExistsError(
+            f"{output} holds {others[0]}, which is not of the bundle that would be replaced: move "
+            "it away, or choose another output"
+        )
+
+
+def _check_config(source: Checkpoint) -> None:
+    config = source.config
+    if config.use_bidirectional_attention:
+        raise ConfigError(
+            f"{source.folder} attends in both directions (use_bidirectional_attention): an encoder, "
+            "which cannot generate text. Only causal models are exported"
+        )
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"head_dim is {config.head_dim}; ONNX Runtime's attention operator takes multiples of "
+            f"{_HEAD_DIM_MULTIPLE}: run this model with --backend torch"
+        )
 
 
 def _own_dtype(source: Checkpoint) -> DType:

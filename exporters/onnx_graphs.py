@@ -28,8 +28,6 @@ from gemma_deploy.model.rotary import inverse_frequencies
 # What symbolic dims are while tracing; any distinct sizes above 1 would do.
 _TRACED_SIZES = {"B": 2, "S": 3, "L": 2, "T": 8}
 _FREQUENCIES = "frequencies."
-# Shapes and scalars; anything larger is a weight, whose bytes are not read.
-_MAX_CONSTANT_ELEMENTS = 16
 
 
 def write_graph(
@@ -147,16 +145,23 @@ def _external(
 
 
 def _tidy(model: ir.Model) -> None:
-    """Drop what tracing left behind: unused and repeated nodes, inner shapes, notes on its origin."""
+    """Drop what tracing left behind: unused and repeated nodes, inner shapes, notes on its origin.
+
+    Only constants of the tracing are compared by their bytes: those of weights are elsewhere.
+    """
     interface = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     for node in model.graph:
         for value in node.outputs:
             if id(value) not in interface:
                 # They speak of the tracer's own symbols, and ONNX Runtime infers them anew.
                 value.shape = None
+    weights = dict(model.graph.initializers)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for name in weights:
+        del model.graph.initializers[name]
+    passes.DeduplicateInitializersPass()(model)
+    model.graph.initializers.update(weights)
     for tidy in (
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(size_limit=_MAX_CONSTANT_ELEMENTS),
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),

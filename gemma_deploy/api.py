@@ -38,11 +38,20 @@ def export(
     Raises:
         CheckpointError: Weights missing, truncated, of the wrong shape or dtype.
         ConfigError: Another model family.
-        OutputExistsError: `output` exists and `force` is False.
+        RequestError: `checkpoint` is not there, or another dtype.
+        OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
         ExportError: `output` cannot be written, or the export failed.
     """
     from gemma_deploy.exporters.export import export_checkpoint
+    from gemma_deploy.graph_spec import DTYPE_BYTES
 
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPE_BYTES)}, or None")
+    if not Path(checkpoint).exists():
+        raise RequestError(
+            f"{checkpoint} is not there: give a checkpoint folder. A model on a hub is downloaded "
+            "by `gemma-deploy export ID`, or first by huggingface_hub.snapshot_download"
+        )
     return export_checkpoint(
         Path(checkpoint), Path(output), dtype=dtype, force=force, on_progress=on_progress
     )

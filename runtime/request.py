@@ -1,9 +1,11 @@
 """What a caller asks of a generation: `GenerationOptions`, validated on construction."""
 
-import math
 from dataclasses import dataclass
 
 from gemma_deploy.errors import RequestError
+
+# Beyond it logits of any size would leave float32's range; no text needs it.
+_MAX_FACTOR = 1e4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +42,17 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         temperature = 0.0 if self.temperature is None else self.temperature
-        is_finite = math.isfinite(temperature) and temperature >= 0
-        _require(is_finite, "temperature", temperature, "0 (greedy) or a positive number")
+        is_valid = temperature == 0 or 1 / _MAX_FACTOR <= temperature <= _MAX_FACTOR
+        expected = f"0 (greedy), or {1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g}"
+        _require(is_valid, "temperature", temperature, expected)
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _require(
             self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"
         )
         penalty = self.repetition_penalty
-        is_finite = math.isfinite(penalty) and penalty > 0
-        _require(is_finite, "repetition_penalty", penalty, "a positive number (1 for none)")
+        is_valid = 1 / _MAX_FACTOR <= penalty <= _MAX_FACTOR
+        expected = f"{1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g} (1 for none)"
+        _require(is_valid, "repetition_penalty", penalty, expected)
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
 
     @property

@@ -15,7 +15,9 @@ from gemma_deploy.runtime.request import GenerationOptions
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_p": float("nan")}, "top_p is nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be a positive number"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0 .greedy., or 0.0001 to 10000"),
+        ({"temperature": 1e300}, "temperature is 1e.300"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be 0.0001 to 10000"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
     ],
 )
