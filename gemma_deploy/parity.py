@@ -1,6 +1,5 @@
 """Two sources of logits compared: how far a bundle is from the model it was made of."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +39,13 @@ LogitsSource = Callable[[Sequence[TokenRow]], Iterable[FloatArray]]
 class ParityReport:
     """How far a candidate's logits are from a reference's.
 
+    The four differences are None if any of the candidate's logits is not finite: there is no
+    number then that would say how far it is.
+
     Attributes:
         positions: Number of positions compared.
-        max_abs_difference: Largest difference of any logit; infinite if the candidate's are not
-            finite.
+        non_finite_positions: Positions where any of the candidate's logits is NaN or infinite.
+        max_abs_difference: Largest difference of any logit.
         mean_abs_difference: Mean over all logits.
         max_kl_nats: Largest Kullback-Leibler divergence of the candidate's next-token
             distribution from the reference's, in nats.
@@ -55,10 +57,11 @@ class ParityReport:
     """
 
     positions: int
-    max_abs_difference: float
-    mean_abs_difference: float
-    max_kl_nats: float
-    mean_kl_nats: float
+    non_finite_positions: int
+    max_abs_difference: float | None
+    mean_abs_difference: float | None
+    max_kl_nats: float | None
+    mean_kl_nats: float | None
     greedy_agreement: float
     disagreements: int
     tolerance: float
@@ -66,7 +69,11 @@ class ParityReport:
     @property
     def is_within(self) -> bool:
         """Whether the candidate passes."""
-        return self.max_abs_difference <= self.tolerance and not self.disagreements
+        return (
+            self.max_abs_difference is not None
+            and self.max_abs_difference <= self.tolerance
+            and not self.disagreements
+        )
 
 
 class ParityCounter:
@@ -79,6 +86,7 @@ class ParityCounter:
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
         self._positions = 0
+        self._non_finite_positions = 0
         self._num_logits = 0
         self._max_difference = 0.0
         self._sum_difference = 0.0
@@ -107,12 +115,14 @@ class ParityCounter:
         """
         if not self._positions:
             raise ValueError("no logits were compared")
+        is_finite = not self._non_finite_positions
         return ParityReport(
             positions=self._positions,
-            max_abs_difference=self._max_difference,
-            mean_abs_difference=self._sum_difference / self._num_logits,
-            max_kl_nats=self._max_kl,
-            mean_kl_nats=self._sum_kl / self._positions,
+            non_finite_positions=self._non_finite_positions,
+            max_abs_difference=self._max_difference if is_finite else None,
+            mean_abs_difference=self._sum_difference / self._num_logits if is_finite else None,
+            max_kl_nats=self._max_kl if is_finite else None,
+            mean_kl_nats=self._sum_kl / self._positions if is_finite else None,
             greedy_agreement=self._num_same / self._positions,
             disagreements=self._disagreements,
             tolerance=self._tolerance,
@@ -121,11 +131,11 @@ class ParityCounter:
     def _add_block(self, reference: FloatArray, candidate: FloatArray) -> None:
         self._positions += len(reference)
         self._num_logits += reference.size
-        if not np.isfinite(candidate).all():
-            self._max_difference = self._sum_difference = math.inf
-            self._max_kl = self._sum_kl = math.inf
-            self._disagreements += int((~np.isfinite(candidate).all(axis=-1)).sum())
+        is_finite = np.isfinite(candidate).all(axis=-1)
+        self._non_finite_positions += int((~is_finite).sum())
+        if not is_finite.any():
             return
+        reference, candidate = reference[is_finite], candidate[is_finite]
         difference = np.abs(candidate - reference)
         self._max_difference = max(self._max_difference, float(difference.max()))
         self._sum_difference += float(difference.sum())

@@ -19,9 +19,13 @@ def notice(text: str) -> None:
 
 
 def emit_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Write one JSON object to stdout; on one line unless `indent` is given."""
+    """Write one JSON object to stdout; on one line unless `indent` is given.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON cannot hold.
+    """
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    click.echo(json.dumps(value, indent=indent, ensure_ascii=not is_unicode))
+    click.echo(json.dumps(value, indent=indent, ensure_ascii=not is_unicode, allow_nan=False))
 
 
 def emit_table(rows: Sequence[tuple[str, str]], *, title: str) -> None:

@@ -4,27 +4,22 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_deploy.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle, check_external_data
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.cli import verify_text
 from gemma_deploy.cli.console import Progress, format_bytes
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
+from gemma_deploy.cli.verification_rows import describe_rows, token_rows
 from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError, RequestError
-from gemma_deploy.graph_spec import PHASES
+from gemma_deploy.graph_spec import PHASES, DType
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
-
-# Tokens that the rows of a batch are continued by, one at a time.
-_CONTINUATION_TOKENS: Final = 6
-_MIN_TEXT_TOKENS: Final = 16
-_RANDOM_ROW_TOKENS: Final = (29, 13, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +83,9 @@ class Verification:
             name = "tokenizer"
             yield _passed(name, _check_tokenizer(bundle))
             name = "checkpoint"
-            rows = () if self.checkpoint is None else self._rows(bundle)
-            reference = self._reference(bundle, rows, on_progress)
+            rows, reference = self._reference(bundle, on_progress)
+            if rows:
+                yield _passed(name, describe_rows(bundle.config, rows, self.tokens))
             name = "graphs"
             with self._load(bundle, on_progress) as session:
                 yield _passed(
@@ -111,39 +107,17 @@ class Verification:
             bundle, device=Device.parse(self.device), threads=self.threads, use_decode_graph=True
         )
 
-    def _rows(self, bundle: Bundle) -> tuple[TokenRow, ...]:
-        """Return the long text, then the shorter ones that make the batch."""
-        from gemma_deploy.runtime.capacity import check_token_ids
-
-        limit = min(self.tokens, bundle.manifest.max_seq_len)
-        if bundle.manifest.tokenizer:
-            tokenizer = GemmaTokenizer.from_pretrained(bundle.folder)
-            texts = (self.text or verify_text.TEXT, *verify_text.OTHERS)
-            token_rows = [tokenizer.encode(text)[:limit] for text in texts]
-        else:
-            # Without a tokenizer any ids will do, as long as they are the same each time.
-            random = np.random.default_rng(0)
-            lengths = (limit, *(min(limit, n) for n in _RANDOM_ROW_TOKENS))
-            token_rows = [
-                random.integers(bundle.config.vocab_size, size=n).tolist() for n in lengths
-            ]
-        check_token_ids(token_rows, bundle.config.vocab_size)
-        if len(token_rows[0]) < _MIN_TEXT_TOKENS:
-            raise RequestError(
-                f"the text has {len(token_rows[0])} tokens; at least {_MIN_TEXT_TOKENS} are needed "
-                "to compare chunks and batches: give a longer one"
-            )
-        text, *others = token_rows
-        steps = min(_CONTINUATION_TOKENS, *(len(row) - 1 for row in others))
-        long = TokenRow(token_ids=tuple(text), positions=tuple(range(len(text))))
-        return (long, *(_continued(row, steps) for row in (text[: len(text) * 2 // 3], *others)))
-
     def _reference(
-        self, bundle: Bundle, rows: Sequence[TokenRow], on_progress: Progress
-    ) -> list[FloatArray]:
-        """Return the rows' logits by the eager float32 torch model; it is gone afterwards."""
+        self, bundle: Bundle, on_progress: Progress
+    ) -> tuple[tuple[TokenRow, ...], list[FloatArray]]:
+        """Return what is read, and its logits by the eager float32 torch model, gone afterwards.
+
+        Raises:
+            CheckpointError: It is another model's, or its own logits are not finite.
+        """
         if self.checkpoint is None:
-            return []
+            return (), []
+        rows = token_rows(bundle, self.text, self.tokens)
         _require_same_model(bundle, Checkpoint.open(self.checkpoint))
         import torch
 
@@ -162,7 +136,12 @@ class Verification:
                     torch.tensor([row.token_ids]), logits_to_keep=wanted, use_cache=False
                 )
                 found.append(output.logits[0].numpy())
-        return found
+        if not all(np.isfinite(logits).all() for logits in found):
+            raise CheckpointError(
+                f"{self.checkpoint} itself gives logits that are NaN or infinite in float32, so "
+                "nothing can be compared with it: its weights are damaged; download it again"
+            )
+        return rows, found
 
     def _compare(
         self,
@@ -190,14 +169,29 @@ class Verification:
                 lambda rows, walk=walk: walk(session, rows),  # type: ignore[misc]  # bound at once
                 tolerance=tolerance,
             )
-            detail = describe_parity(report)
+            detail = describe_parity(report, precision.activations)
             yield Check(
                 name=f"parity, {name}", is_ok=report.is_within, detail=detail, parity=report
             )
 
 
-def describe_parity(report: ParityReport) -> str:
-    """Return the figures of a comparison as one line."""
+def describe_parity(report: ParityReport, activations: DType) -> str:
+    """Return the figures of a comparison as one line.
+
+    Args:
+        report: The figures.
+        activations: What the graphs compute in: the likeliest cause of logits that are no numbers.
+    """
+    if report.max_abs_difference is None:
+        remedy = (
+            "numbers beyond float16's 65,504 overflowed; export with --bf16 or --fp32"
+            if activations == "float16"
+            else "the weights or a graph are damaged; export again"
+        )
+        return (
+            f"logits are NaN or infinite at {report.non_finite_positions} of {report.positions} "
+            f"positions: {remedy}"
+        )
     clear = f", {report.disagreements} of the rest no near tie" if report.disagreements else ""
     return (
         f"logits differ by {report.max_abs_difference:.2g} at most (tolerance "
@@ -261,9 +255,3 @@ def _require_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder} is not what {bundle.folder} was made of: its {name} is "
                 f"{theirs[name]}, the bundle's {ours[name]}. Give the checkpoint that was exported"
             )
-
-
-def _continued(token_ids: Sequence[int], steps: int) -> TokenRow:
-    """Return a row whose last `steps` tokens are read one at a time."""
-    first = len(token_ids) - 1 - steps
-    return TokenRow(token_ids=tuple(token_ids), positions=tuple(range(first, len(token_ids))))

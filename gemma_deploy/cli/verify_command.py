@@ -1,5 +1,6 @@
 """`gemma-deploy verify`: is a bundle whole, and does it agree with its checkpoint."""
 
+import math
 from pathlib import Path
 
 import click
@@ -50,8 +51,9 @@ computes in float32 on the weights as they were (only the order of sums differs)
     default=256,
     show_default=True,
     metavar="N",
-    help="Most tokens of the text to read. More than a model's sliding window shows that the "
-    "window is right.",
+    help="Tokens of the text to read; the built-in one is repeated until it has them. More than a "
+    "model's sliding window shows that the window is right. Logits are compared at every position, "
+    "or evenly spaced ones where they would take over 200 MB.",
 )
 @click.option(
     "--device",
@@ -87,6 +89,8 @@ def command(
     """
     if checkpoint is None and (tolerance is not None or text_file is not None):
         raise click.UsageError("--tolerance and --text compare logits: give --checkpoint too")
+    if tolerance is not None and not math.isfinite(tolerance):
+        raise click.UsageError(f"--tolerance is {tolerance}; expected a finite number above 0")
     from gemma_deploy.cli.verification import Verification
 
     verification = Verification(

@@ -84,6 +84,7 @@ class TestVerdict:
         # Both logits moved by less than the tolerance, together by more than the gap.
         report = counted(np.array([[0.0, 1.0, 1.2]]), np.array([[0.0, 1.14, 1.06]]), tolerance=0.15)
 
+        assert report.max_abs_difference is not None
         assert report.max_abs_difference < 0.15
         assert report.disagreements == 1
         assert not report.is_within
@@ -95,8 +96,19 @@ class TestVerdict:
 
         report = counted(reference, candidate, tolerance=1e6)
 
-        assert report.max_abs_difference == np.inf
-        assert report.disagreements == 1
+        assert report.non_finite_positions == 1
+        assert report.max_abs_difference is report.mean_abs_difference is None
+        assert report.max_kl_nats is report.mean_kl_nats is None
+        assert report.greedy_agreement == 19 / 20
+        assert not report.is_within
+
+    def test_nothing_finite_fails(self) -> None:
+        reference, candidate = pair(positions=20, vocab=10, noise=0)
+
+        report = counted(reference, candidate * np.nan, tolerance=1e6)
+
+        assert report.non_finite_positions == 20
+        assert report.greedy_agreement == 0
         assert not report.is_within
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import sys
 
 import pytest
@@ -36,6 +37,11 @@ class TestJson:
         console.emit_json({"text": "π🚢"})
 
         assert json.loads(raw.getvalue().decode("ascii")) == {"text": "π🚢"}
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf])
+    def test_never_holds_what_json_cannot(self, number: float) -> None:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            console.emit_json({"x": number})
 
 
 class TestProgress:

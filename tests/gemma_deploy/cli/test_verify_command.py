@@ -1,14 +1,18 @@
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import Result
 from safetensors.numpy import load_file
 
 from gemma_deploy.bundle import record_file
+from gemma_deploy.cli.verification import describe_parity
+from gemma_deploy.parity import ParityCounter
 
 
 class TestWholeBundle:
@@ -59,6 +63,7 @@ class TestWholeBundle:
 
         assert result.exit_code == 0, result.stdout
         assert "tokenizer: none: only token ids can be given" in result.stdout
+        assert "ok    checkpoint: 256 tokens are read, 256 positions of them" in result.stdout
         assert result.stdout.count("ok    parity, ") == 4
 
     def test_reads_a_text_of_ones_own(
@@ -141,6 +146,52 @@ class TestDamage:
         assert "ok    graphs" in result.stdout
         assert result.stdout.count("FAIL  parity, ") == 4
 
+    def test_logits_that_are_not_finite(
+        self,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        tampered = shutil.copytree(bundle, tmp_path / "tampered")
+        tamper(tampered, "model.norm.scale", factor=np.nan)
+
+        result = invoke("verify", tampered, "--checkpoint", bundle_checkpoint, "--json")
+
+        report = json.loads(result.stdout, parse_constant=pytest.fail)
+        parity = report["checks"][-1]["parity"]
+        assert result.exit_code == 1
+        assert parity["non_finite_positions"] == parity["positions"]
+        assert parity["max_abs_difference"] is None
+        assert "the weights or a graph are damaged" in report["checks"][-1]["detail"]
+
+    def test_overflow_in_float16_names_its_remedy(self) -> None:
+        counter = ParityCounter(1.0)
+        counter.add(np.zeros((2, 3)), np.array([[0, 0, 0], [0, np.inf, 0]]))
+
+        detail = describe_parity(counter.report(), "float16")
+
+        assert detail.startswith("logits are NaN or infinite at 1 of 2 positions: ")
+        assert "export with --bf16 or --fp32" in detail
+
+    def test_a_decode_graph_of_its_own(
+        self,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        tampered = shutil.copytree(bundle, tmp_path / "tampered")
+        tamper_attention_scale(tampered, "decode.onnx")
+
+        result = invoke("verify", tampered, "--checkpoint", bundle_checkpoint)
+
+        assert result.exit_code == 1
+        assert "ok    parity, prefill graph, whole text" in result.stdout
+        assert "ok    parity, prefill graph, in chunks" in result.stdout
+        assert "FAIL  parity, decode graph, token by token" in result.stdout
+        assert "FAIL  parity, both graphs, ragged batch" in result.stdout
+
     def test_not_a_bundle(self, invoke: Callable[..., Result], bundle_checkpoint: Path) -> None:
         result = invoke("verify", bundle_checkpoint)
 
@@ -168,6 +219,17 @@ class TestRequests:
         assert result.exit_code == 2
         assert "give --checkpoint too" in result.stderr
 
+    @pytest.mark.parametrize("tolerance", ["nan", "inf"])
+    def test_a_tolerance_that_is_no_number(
+        self, tolerance: str, invoke: Callable[..., Result], bundle: Path, bundle_checkpoint: Path
+    ) -> None:
+        result = invoke(
+            "verify", bundle, "--checkpoint", bundle_checkpoint, "--tolerance", tolerance
+        )
+
+        assert result.exit_code == 2
+        assert f"--tolerance is {tolerance}; expected a finite number" in result.stderr
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [(b"short", "at least 16 are needed"), (b"\xff\xfe", "is not UTF-8 text")],
@@ -191,17 +253,41 @@ class TestRequests:
         assert message in result.stderr
 
 
-def tamper(bundle: Path, tensor: str) -> None:
-    """Change a tensor by 2 % and make the manifest agree with the file."""
+def tamper(bundle: Path, tensor: str, *, factor: float = 1.02) -> None:
+    """Multiply a tensor and make the manifest agree with the file."""
     path = bundle / "weights.safetensors"
     tensors = load_file(path)
     size = path.stat().st_size
     raw = bytearray(path.read_bytes())
     old = tensors[tensor].tobytes()
     start = bytes(raw).index(old)
-    raw[start : start + len(old)] = (tensors[tensor] * np.float32(1.02)).tobytes()
+    raw[start : start + len(old)] = (tensors[tensor] * np.float32(factor)).tobytes()
     path.write_bytes(raw)
     assert path.stat().st_size == size
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"][path.name]["sha256"] = record_file(path).sha256
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    rerecord(path)
+
+
+def tamper_attention_scale(bundle: Path, graph: str) -> None:
+    """Scale attention in one graph by half as much again, and make the manifest agree."""
+    path = bundle / graph
+    model = onnx.load(path, load_external_data=False)
+    scales = [
+        attribute
+        for node in model.graph.node
+        if node.op_type == "GroupQueryAttention"
+        for attribute in node.attribute
+        if attribute.name == "scale"
+    ]
+    assert scales
+    for attribute in scales:
+        attribute.f *= 1.5
+    path.write_bytes(model.SerializeToString())
+    rerecord(path)
+
+
+def rerecord(path: Path) -> None:
+    """Make the manifest beside a file agree with it."""
+    manifest_file = path.with_name("manifest.json")
+    manifest = json.loads(manifest_file.read_text())
+    manifest["files"][path.name] = dataclasses.asdict(record_file(path))
+    manifest_file.write_text(json.dumps(manifest))
