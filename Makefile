@@ -27,7 +27,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/gemma-deploy export $(CHECKPOINT) --output $(DEMO_BUNDLE) --fp16 --force
-	$(BIN)/gemma-deploy generate $(DEMO_BUNDLE) "The for statement is used to" --max-new-tokens 60
+	$(BIN)/gemma-deploy generate $(DEMO_BUNDLE) "The for statement is used to" --max-new-tokens 60 --repetition-penalty 1.2
 
 test: setup
 	$(BIN)/python -m pytest

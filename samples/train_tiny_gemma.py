@@ -79,8 +79,8 @@ def main(
     """Train a small Gemma on the documentation that ships with Python.
 
     The text is what this Python holds: its documentation topics, and the docstrings and comments of
-    its standard library. One document in twenty is held out and written to held_out.txt. The
-    defaults and CPython 3.11 are the recipe of samples/tiny-gemma; its README.md has the numbers.
+    its standard library. One document in twenty is held out and written to held_out.txt.
+    The README.md of samples/tiny-gemma tells how it was made with this program, and the numbers.
     """
     started = time.monotonic()
     torch.set_num_threads(threads)

@@ -72,6 +72,10 @@ TINY_MODELS = {
         | {"sliding_window": 8, "rope_parameters": _GEMMA_3_ROPE}
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "gemma3-h16": TinyModel(
+        *_GEMMA_3,
+        _COMMON | _heads(4, 4, 16) | {"layer_types": ["full_attention"] * 3},
+    ),
     "gemma3-h256": TinyModel(
         *_GEMMA_3,
         _COMMON

@@ -17,14 +17,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_deploy.bundle import Bundle
-from gemma_deploy.errors import CheckpointError, ConfigError, ExportError, OutputExistsError
+from gemma_deploy.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    OutputExistsError,
+    TokenizerError,
+)
 from gemma_deploy.exporters.export import export_checkpoint
 
 TinyFolders = Callable[..., Path]
 
+TINY_GEMMA = Path(__file__).parents[2] / "samples" / "tiny-gemma"
 TRAVELLING = {
-    "tokenizer.json": "{}",
-    "tokenizer_config.json": "{}",
+    **{
+        name: (TINY_GEMMA / name).read_text(encoding="utf-8")
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    },
     "generation_config.json": '{"eos_token_id": [1, 107]}',
     "LICENSE": "terms",
     "NOTICE.txt": "notice",
@@ -66,7 +75,7 @@ def export(tiny_checkpoint: TinyFolders, tmp_path_factory: pytest.TempPathFactor
     tensors |= {name: tensor.float() for name, tensor in tensors.items() if tensor.ndim == 1}
     save_file(tensors, checkpoint / "model.safetensors")
     for name, text in (TRAVELLING | STAYING).items():
-        (checkpoint / name).write_text(text)
+        (checkpoint / name).write_text(text, encoding="utf-8")
     (checkpoint / "licenses").mkdir()
     output = tmp_path_factory.mktemp("output") / "bundle"
     arguments = [str(checkpoint), str(output)]
@@ -217,6 +226,33 @@ def test_force_does_not_replace_a_folder_of_others(checkpoint: Path, tmp_path: P
     assert _names(tmp_path) == ["source"]
 
 
+def test_force_does_not_take_the_checkpoint_along(checkpoint: Path) -> None:
+    """A checkpoint inside the bundle that would be replaced."""
+    bundle = checkpoint.parent
+    (bundle / "manifest.json").write_text("old")
+    with pytest.raises(OutputExistsError, match=r"holds the checkpoint .* choose another output"):
+        export_checkpoint(checkpoint, bundle, force=True)
+    assert _names(bundle) == ["checkpoint", "manifest.json"]
+
+
+def test_force_does_not_take_other_files_along(
+    checkpoint: Path, tiny_bundle: TinyFolders, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("gemma1"), bundle)
+    (bundle / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"holds notes.txt, which is not of the bundle"):
+        export_checkpoint(checkpoint, bundle, force=True)
+    assert (bundle / "notes.txt").read_text() == "mine"
+
+
+def test_a_tokenizer_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(TokenizerError, match=r"tokenizer.json"):
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
@@ -278,6 +314,16 @@ def test_an_encoder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         "cannot generate text. Only causal models are exported"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+    assert _names(tmp_path) == ["source"]
+
+
+def test_a_head_size_that_onnx_runtime_does_not_take(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    # 4 query heads of 64 are as wide as 128 of 2.
+    config |= {"num_attention_heads": 128, "num_key_value_heads": 32, "head_dim": 2}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"head_dim is 2; .* takes multiples of 8"):
         export_checkpoint(checkpoint, tmp_path / "bundle")
     assert _names(tmp_path) == ["source"]
 

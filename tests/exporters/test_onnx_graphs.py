@@ -13,7 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gemma_deploy.bundle import WEIGHTS_FILE
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.exporters.onnx_graphs import write_graph
+from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import DType, Phase, Precision, graph_spec
 
 TinyFolders = Callable[..., Path]
@@ -288,3 +292,18 @@ def test_each_layer_attends_by_its_own_rules(
     assert [a["local_window_size"] for a in attributes] == windows
     softcap = 10.0 if name == "gemma2" else 0.0
     assert [a.get("softcap", 0.0) for a in attributes] == [softcap] * 3
+
+
+def test_small_weights_are_neither_read_nor_merged(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head of 16 makes q and k norms as small as shapes are; zeros of another bundle lie around."""
+    checkpoint = Checkpoint.open(tiny_checkpoint("gemma3-h16"))
+    precision = Precision.of("float32")
+    plan = plan_weights(checkpoint, precision)
+    weights = {tensor.name: (tensor, 4096 * number) for number, tensor in enumerate(plan)}
+    (tmp_path / WEIGHTS_FILE).write_bytes(bytes(4096 * len(plan) + 1_000_000))
+    monkeypatch.chdir(tmp_path)
+    write_graph(checkpoint.config, "decode", precision, weights, tmp_path / "decode.onnx")
+    graph = onnx.load(tmp_path / "decode.onnx", load_external_data=False).graph
+    assert weights.keys() <= {tensor.name for tensor in graph.initializer}
