@@ -10,6 +10,8 @@ CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 CPU_PROVIDER: Final = "CPUExecutionProvider"
 
 _ORT_PACKAGES: Final = ("onnxruntime", "onnxruntime-gpu")
+# Where onnxruntime-gpu has wheels; pyproject.toml requires it there and onnxruntime elsewhere.
+_ORT_GPU_SYSTEMS: Final = ("Linux x86_64", "Linux aarch64", "Windows AMD64")
 _TENSORRT_CAPABILITY: Final = (7, 5)
 _NO_DRIVER: Final = "no NVIDIA driver on this machine"
 _DRIVER_REMEDY: Final = "needs an NVIDIA GPU and its driver: https://www.nvidia.com/drivers"
@@ -54,7 +56,7 @@ def warnings(machine: Machine) -> list[str]:
         found.append(
             "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other's files "
             "and which one runs is chance. Keep one: `pip uninstall -y onnxruntime onnxruntime-gpu "
-            "&& pip install onnxruntime-gpu`"
+            f"&& pip install {_ort_package(machine)}`"
         )
     if machine.gpus and machine.torch_cuda is None and "torch" in machine.packages:
         found.append(
@@ -87,7 +89,7 @@ def _onnxruntime_cpu(machine: Machine) -> Capability:
         name=name,
         is_available=False,
         detail=machine.onnxruntime_error or "its CPU provider does not load",
-        remedy="pip install --upgrade --force-reinstall onnxruntime-gpu",
+        remedy=f"pip install --upgrade --force-reinstall {_ort_package(machine)}",
     )
 
 
@@ -98,6 +100,12 @@ def _onnxruntime_cuda(machine: Machine) -> Capability:
         return Capability(name=name, is_available=True, detail=detail)
     if not machine.gpus:
         return _without_gpu(name, machine)
+    if machine.system not in _ORT_GPU_SYSTEMS:
+        return Capability(
+            name=name,
+            is_available=False,
+            detail=f"onnxruntime-gpu is not made for {machine.system}",
+        )
     if CUDA_PROVIDER not in machine.compiled_providers:
         return Capability(
             name=name,
@@ -184,6 +192,10 @@ def _without_gpu(name: str, machine: Machine) -> Capability:
         detail=f"the driver (CUDA {machine.cuda_driver}) shows no GPU to this process",
         remedy="check `nvidia-smi` and CUDA_VISIBLE_DEVICES; a container needs `--gpus all`",
     )
+
+
+def _ort_package(machine: Machine) -> str:
+    return "onnxruntime-gpu" if machine.system in _ORT_GPU_SYSTEMS else "onnxruntime"
 
 
 def _ort_version(machine: Machine) -> str:

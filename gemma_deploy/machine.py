@@ -4,7 +4,9 @@ Packages are looked up by their metadata, not imported (onnxruntime excepted: on
 which execution providers work), and the GPU is asked through the driver library itself.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import platform
 import re
@@ -13,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from gemma_deploy.cuda_driver import Gpu, read_driver
@@ -49,6 +52,18 @@ _CPU_FEATURES: Final = (
     "bf16",
     "sve",
 )
+# TensorRT's provider is not used here, and its probe prints to stdout when it fails.
+_UNUSED: Final = ("TensorrtExecutionProvider",)
+# ONNX Runtime's log severities; warnings are its default.
+_WARNINGS: Final = 2
+_FATAL: Final = 4
+# The smallest ONNX model there is, y = Identity(x) of opset 18: asking ONNX Runtime for its providers
+# must not need the package that writes models.
+_IDENTITY_MODEL: Final = (
+    b'\x08\t:>\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x08identity'
+    b"Z\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x12"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +84,7 @@ class Machine:
         gpus: CUDA devices.
         compiled_providers: Execution providers that onnxruntime was built with.
         working_providers: Those that a session on this machine really gets.
-        onnxruntime_error: Why onnxruntime cannot be imported, or None.
+        onnxruntime_error: Why onnxruntime cannot be used, or None.
     """
 
     system: str
@@ -167,30 +182,33 @@ def _read_providers() -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
         import onnxruntime as ort
     except ImportError as err:
         return (), (), str(err)
+    if not hasattr(ort, "InferenceSession"):
+        # What is left when one of two packages with the same files was uninstalled.
+        return (), (), "onnxruntime's files are incomplete"
     compiled = tuple(ort.get_available_providers())
-    # TensorRT's provider is not used here, and its probe prints to stdout when it fails.
-    candidates = [name for name in compiled if name != "TensorrtExecutionProvider"]
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # a provider that fails is an answer, not an error
-    previous_severity = 2
-    ort.set_default_logger_severity(4)
+    ort.set_default_logger_severity(_FATAL)  # a provider that fails is an answer, not an error
     try:
-        model = _identity_model()
-        working = [
-            name
-            for name in candidates
-            if name in ort.InferenceSession(model, options, providers=[name]).get_providers()
-        ]
+        # Loads CUDA from pip's nvidia-* packages, as the runtime does; it prints what it misses.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+        working = tuple(name for name in compiled if name not in _UNUSED and _works(ort, name))
     finally:
-        ort.set_default_logger_severity(previous_severity)
-    return compiled, tuple(working), None
+        ort.set_default_logger_severity(_WARNINGS)
+    return compiled, working, None
 
 
-def _identity_model() -> bytes:
-    """Return the smallest model there is: y = Identity(x)."""
-    from onnx import TensorProto, helper
-
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
-    opset = helper.make_opsetid("", 18)
-    return bytes(helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString())
+def _works(ort: ModuleType, provider: str) -> bool:
+    """Tell whether a session gets a provider."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    # ONNX Runtime's exceptions have no common base but Exception, and some are RuntimeErrors.
+    named = vars(ort.capi.onnxruntime_pybind11_state).values()
+    failures: tuple[type[Exception], ...] = (
+        RuntimeError,
+        *(x for x in named if isinstance(x, type) and issubclass(x, Exception)),
+    )
+    try:
+        session = ort.InferenceSession(_IDENTITY_MODEL, options, providers=[provider])
+    except failures:
+        return False
+    return provider in session.get_providers()

@@ -109,6 +109,34 @@ class TestCapabilities:
         assert not judged(dataclasses.replace(machine, gpus=()), name).is_available
 
     @pytest.mark.parametrize(
+        ("system", "package"),
+        [
+            ("Linux x86_64", "onnxruntime-gpu"),
+            ("Linux aarch64", "onnxruntime-gpu"),
+            ("Windows AMD64", "onnxruntime-gpu"),
+            ("Windows ARM64", "onnxruntime"),
+            ("Darwin arm64", "onnxruntime"),
+        ],
+    )
+    def test_the_package_is_that_of_the_platform(self, system: str, package: str) -> None:
+        broken = dataclasses.replace(BARE, system=system, working_providers=())
+        mixed = {**BARE.packages, "onnxruntime": "1.24.0"}
+
+        found = judged(broken, "ONNX Runtime on the CPU")
+        said = warnings(dataclasses.replace(broken, packages=mixed))[0]
+
+        assert found.remedy == f"pip install --upgrade --force-reinstall {package}"
+        assert said.endswith(f"&& pip install {package}`")
+
+    def test_a_platform_without_a_cuda_build(self) -> None:
+        machine = dataclasses.replace(WITH_GPU, system="Windows ARM64")
+
+        found = judged(machine, "ONNX Runtime on CUDA")
+
+        assert found.detail == "onnxruntime-gpu is not made for Windows ARM64"
+        assert found.remedy is None
+
+    @pytest.mark.parametrize(
         ("name", "remedy"),
         [
             ("export", "pip install --upgrade gemma-deploy"),

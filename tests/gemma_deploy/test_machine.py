@@ -1,10 +1,12 @@
 import ctypes
 import sys
 from importlib import metadata
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import onnxruntime as ort
 import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from gemma_deploy.machine import read_machine
 
@@ -36,6 +38,23 @@ class TestThisMachine:
 
         assert len(read_machine().gpus) == torch.cuda.device_count()
 
+    def test_loads_the_cuda_libraries_that_pip_installed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        called: list[str] = []
+        create = ort.InferenceSession
+
+        def recorded(*args: Any, **kwargs: Any) -> object:
+            called.append("session")
+            return create(*args, **kwargs)
+
+        monkeypatch.setattr(ort, "preload_dlls", lambda: called.append("preload"))
+        monkeypatch.setattr(ort, "InferenceSession", recorded)
+
+        read_machine()
+
+        assert called[:2] == ["preload", "session"]
+
     def test_prints_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
         read_machine()
 
@@ -50,6 +69,39 @@ class TestWithout:
 
         assert found.working_providers == ()
         assert found.onnxruntime_error is not None
+
+    def test_onnx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnx", None)
+
+        assert "CPUExecutionProvider" in read_machine().working_providers
+
+    def test_half_of_onnxruntime(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+
+        found = read_machine()
+
+        assert found.working_providers == ()
+        assert found.onnxruntime_error == "onnxruntime's files are incomplete"
+
+    @pytest.mark.parametrize("error", [ort_errors.EPFail, ort_errors.Fail, RuntimeError])
+    def test_a_provider_that_can_be_loaded(
+        self, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        create = ort.InferenceSession
+
+        def refuse(model: bytes, options: object, *, providers: list[str]) -> object:
+            if providers == ["BrokenExecutionProvider"]:
+                raise error("no such device")
+            return create(model, options, providers=providers)
+
+        names = ["BrokenExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(ort, "get_available_providers", lambda: names)
+        monkeypatch.setattr(ort, "InferenceSession", refuse)
+
+        found = read_machine()
+
+        assert found.compiled_providers == tuple(names)
+        assert found.working_providers == ("CPUExecutionProvider",)
 
     def test_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(name: str) -> ctypes.CDLL:
