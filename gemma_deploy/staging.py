@@ -3,14 +3,28 @@
 import contextlib
 import errno
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_deploy.errors import ExportError, OutputExistsError
 
+if sys.platform != "win32":
+    import fcntl
+
 _RETIRED = ".old"
+_TRASH = ".trash"
+# These are always about writing, whatever file they name.
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "File too large",
+}
+# A write that fails so names no file. Reads are not meant: a checkpoint's become CheckpointError.
+_BROKEN = {errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV}
 
 
 @contextlib.contextmanager
@@ -20,7 +34,9 @@ def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Pa
     Whatever happens inside the block (an exception, a full disk, Ctrl-C), `output` is either the
     complete new folder or exactly what it was. A killed process can leave only hidden
     `.NAME.partial-*` folders beside it; the next call removes them, and puts the old folder back if
-    the process died while exchanging the two.
+    the process died while exchanging the two. A lock on the partial folder tells a running process
+    from a dead one, in whichever container it runs; where folders cannot be locked (Windows, NFS),
+    nothing is removed.
 
     Args:
         output: The folder to create; its parent must exist or be creatable.
@@ -33,55 +49,50 @@ def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Pa
         ExportError: The disk is full or `output` cannot be written; nothing is left behind.
     """
     output = output.absolute()
-    staging = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(output)
-        check_replaceable(output, force=force, replaceable=replaceable)
-        prefix = f"{_partial_prefix(output)}{os.getpid()}-"
-        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-        # mkdtemp makes private folders; a published one follows the umask like any other.
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _flush(staging)
-        # Someone else may have written there while the block ran.
-        check_replaceable(output, force=force, replaceable=replaceable)
-        _publish(staging, output)
+        with contextlib.ExitStack() as undo:
+            _make_parents(output.parent, undo)
+            _clean_up_after_the_dead(output)
+            check_replaceable(output, force=force, replaceable=replaceable)
+            staging = _make_staging(output, undo)
+            yield staging
+            _flush(staging)
+            # Someone else may have written there while the block ran.
+            check_replaceable(output, force=force, replaceable=replaceable)
+            _publish(staging, output)
     except OSError as err:
         if not _concerns(err, output):
             raise
-        raise ExportError(
-            f"cannot write {output}: {_reason(err)}. Nothing was left behind; free space or choose "
-            "another output"
-        ) from err
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        raise _cannot_write(output, err) from err
 
 
 def check_replaceable(output: Path, *, force: bool, replaceable: str) -> None:
-    """Refuse an output that exists, before any work is done.
+    """Refuse an output that exists or cannot be, before any work is done.
 
     Raises:
         OutputExistsError: `output` exists and `force` is False, or it is not a folder that
             gemma-deploy made.
+        ExportError: `output` cannot be looked at: a name that is too long, a folder without rights.
     """
-    if not output.exists() and not output.is_symlink():
+    try:
+        output.lstat()
+        is_replaceable = (
+            force
+            and not output.is_symlink()
+            and output.is_dir()
+            and ((output / replaceable).is_file() or not any(output.iterdir()))
+        )
+    except FileNotFoundError:
         return
+    except OSError as err:
+        raise _cannot_write(output, err) from err
     if not force:
         raise OutputExistsError(f"{output} exists; use --force to replace it, or another output")
-    is_ours = output.is_dir() and ((output / replaceable).is_file() or not any(output.iterdir()))
-    if output.is_symlink() or not is_ours:
+    if not is_replaceable:
         raise OutputExistsError(
             f"{output} exists and is not a folder that gemma-deploy made (no {replaceable}); "
             "it is not replaced even with --force: choose another output, or remove it yourself"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _partial_prefix(output: Path) -> str:
@@ -90,10 +101,10 @@ def _partial_prefix(output: Path) -> str:
 
 def _concerns(err: OSError, output: Path) -> bool:
     """Tell whether an OSError is about writing the output rather than, say, reading a checkpoint."""
-    if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if err.errno in _FULL:
         return True
-    if err.filename is None:
-        return False
+    if not isinstance(err.filename, str | bytes | os.PathLike):
+        return err.errno in _BROKEN
     path = Path(os.fsdecode(err.filename))
     if not path.is_relative_to(output.parent) or path == output.parent:
         return output.is_relative_to(path)
@@ -102,61 +113,137 @@ def _concerns(err: OSError, output: Path) -> bool:
     return name == output.name or name.startswith(_partial_prefix(output))
 
 
+def _cannot_write(output: Path, err: OSError) -> ExportError:
+    remedy = (
+        "free space or choose another output" if err.errno in _FULL else "choose another output"
+    )
+    return ExportError(f"cannot write {output}: {_reason(err)}. Nothing was left behind; {remedy}")
+
+
 def _reason(err: OSError) -> str:
-    if err.errno == errno.ENOSPC:
-        return "the disk is full"
+    if err.errno in _FULL:
+        return _FULL[err.errno]
     if err.errno in (errno.EEXIST, errno.ENOTDIR):
         return f"{err.filename} lies in or is a file where a folder is needed"
     return err.strerror or str(err)
 
 
-def _remove_abandoned(output: Path) -> None:
-    """Remove the partial folders of processes that are gone; put back what they had set aside."""
-    prefix = _partial_prefix(output)
-    for folder in output.parent.iterdir():
-        pid = folder.name.removeprefix(prefix).partition("-")[0]
-        if not folder.name.startswith(prefix) or not pid.isdigit() or _is_running(int(pid)):
-            continue
-        if folder.name.endswith(_RETIRED) and not output.exists():
-            folder.rename(output)
+def _make_parents(folder: Path, undo: contextlib.ExitStack) -> None:
+    """Create the folders that are missing; `undo` removes those that are empty in the end."""
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():  # made by another process meanwhile: theirs to remove
+                raise
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            undo.callback(_remove_if_empty, path)
 
 
-def _is_running(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # there os.kill ends the process it asks about; partial folders stay
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _make_staging(output: Path, undo: contextlib.ExitStack) -> Path:
+    """Create the folder to write into and hold its lock; `undo` releases and removes it."""
+    while True:
+        # The process id is for people who wonder whose it is; it means nothing in other containers.
+        name = f"{_partial_prefix(output)}{os.getpid()}-{secrets.token_hex(8)}"
+        staging = output.with_name(name)
+        staging.mkdir()
+        undo.callback(shutil.rmtree, staging, ignore_errors=True)
+        undo.enter_context(_locked(staging, wait=True))
+        # Another process that cleans up may have seen it before it was locked.
+        if staging.exists():
+            return staging
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a folder, give whether that worked. The lock ends with the process, whatever ends it."""
+    if sys.platform == "win32":
+        yield False
+        return
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _took_lock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+
+
+def _took_lock(handle: int, operation: int) -> bool:
+    try:
+        fcntl.flock(handle, operation)
+    except OSError:  # someone else holds it, or this file system locks no folders
         return False
-    except PermissionError:
-        return True
     return True
+
+
+def _clean_up_after_the_dead(output: Path) -> None:
+    """Remove the partial folders of processes that are gone; put back what they had set aside."""
+    endings = f"({re.escape(_RETIRED)}|{re.escape(_TRASH)})?"
+    pattern = re.compile(rf"{re.escape(_partial_prefix(output))}\d+-[0-9a-f]+{endings}")
+    for folder in output.parent.iterdir():
+        if not pattern.fullmatch(folder.name):
+            continue
+        with _locked(folder) as is_abandoned, contextlib.suppress(OSError):
+            if not is_abandoned:
+                continue
+            if folder.suffix == _RETIRED and not os.path.lexists(output):
+                folder.rename(output)
+            else:
+                _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; a retired one under another name: half of it must never be put back."""
+    if folder.suffix == _RETIRED:
+        folder = folder.rename(folder.with_suffix(_TRASH))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
     """Force every file, and the folder's entries, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        if os.name == "nt" and path.is_dir():
-            continue  # Windows cannot open a folder for flushing
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    flags = os.O_RDONLY
+    if sys.platform == "win32":
+        if path.is_dir():
+            return  # Windows cannot open a folder for flushing
+        flags = os.O_RDWR  # and flushes only what may be written
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _publish(staging: Path, output: Path) -> None:
-    """Rename the finished folder into place, the old one kept until that has worked."""
-    if not output.exists():
-        staging.rename(output)
-        return
+    """Rename the finished folder into place, the old one kept until that is on the disk."""
     retired = staging.with_name(f"{staging.name}{_RETIRED}")
-    output.rename(retired)
-    try:
-        staging.rename(output)
-    except OSError:
-        retired.rename(output)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
+    made = staging.stat()
+    # The lock moves with the folder: nobody puts it back while it is set aside.
+    with _locked(output):
+        try:
+            if output.exists():
+                output.rename(retired)
+            staging.rename(output)
+            _sync(output.parent)
+        except BaseException:
+            # Ctrl-C, too, can come between any two steps.
+            if output.exists() and os.path.samestat(output.stat(), made):
+                output.rename(staging)
+            if retired.exists():
+                retired.rename(output)
+            raise
+        with contextlib.suppress(OSError):
+            _discard(retired)

@@ -1,17 +1,21 @@
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from gemma_deploy.errors import ExportError, OutputExistsError
-from gemma_deploy.staging import check_replaceable, staged_folder
+from gemma_deploy.staging import _clean_up_after_the_dead, check_replaceable, staged_folder
 
 MARK = "manifest.json"
 
@@ -52,10 +56,19 @@ def _mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 @pytest.fixture
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+def closed() -> Iterator[Path]:
+    """A folder nobody may pass; while the test runs, root may not either."""
+    # Not below tmp_path, whose parents only their owner may pass.
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        folder = Path(name) / "closed"
+        folder.mkdir(mode=0o000)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield folder
+        os.seteuid(user)
+        folder.chmod(0o700)
 
 
 def write(output: Path, *, force: bool = False, text: str = "new") -> None:
@@ -283,13 +296,268 @@ def test_death_between_the_two_renames_loses_nothing(ours: Path) -> None:
     assert siblings(ours) == ["out"]
 
 
-def test_only_partial_folders_of_dead_processes_are_removed(output: Path, dead_pid: int) -> None:
-    kept = {f".out.partial-{os.getppid()}-abc", f".other.partial-{dead_pid}-abc", "out.partial"}
-    for name in (*kept, f".out.partial-{dead_pid}-abc"):
+def make_folders(output: Path, *names: str) -> None:
+    for name in names:
         (output.parent / name).mkdir()
-        (output.parent / name / "file").touch()
+        (output.parent / name / MARK).write_text("left")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock a folder as a running process does, in whichever container."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+    os.close(handle)
+
+
+def test_only_partial_folders_that_nobody_holds_are_removed(output: Path) -> None:
+    kept = {".out.partial-1-abc", ".other.partial-1-abc", ".out.partial-mine", "out.partial"}
+    make_folders(output, *kept, f".out.partial-{os.getpid()}-abc", ".out.partial-1-def.trash")
+    (output.parent / ".out.partial-1-123.old").symlink_to("out.partial")
+    with held(output.parent / ".out.partial-1-abc"):
+        write(output)
+    assert set(siblings(output)) == kept | {"out", ".out.partial-1-123.old"}
+    assert (output.parent / "out.partial" / MARK).exists()
+
+
+def test_a_running_export_is_locked_from_start_to_end(output: Path) -> None:
+    with staged_folder(output, force=False, replaceable=MARK) as folder:
+        handle = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / MARK).touch()
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+
+
+def test_nothing_is_removed_where_folders_cannot_be_locked(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folders(ours, ".out.partial-1-abc")
+
+    def refuse(_handle: int, _operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(ours, force=True)
+    assert (ours / MARK).read_text() == "new"
+    assert siblings(ours) == [".out.partial-1-abc", "out"]
+
+
+def test_a_folder_removed_before_it_was_locked_is_made_again(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def remove_first(handle: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (partial,) = output.parent.iterdir()
+        partial.rmdir()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
     write(output)
-    assert set(siblings(output)) == kept | {"out"}
+    assert siblings(output) == ["out"]
+
+
+def test_what_a_running_process_set_aside_is_not_put_back(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+    seen: list[str] = []
+
+    def interfere(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).suffix == ".old":
+            monkeypatch.setattr(os, "rename", rename)
+            _clean_up_after_the_dead(ours)
+            seen.extend(siblings(ours))
+
+    monkeypatch.setattr(os, "rename", interfere)
+    write(ours, force=True)
+    assert len(seen) == 2
+    assert "out" not in seen
+    assert (ours / MARK).read_text() == "new"
+    assert siblings(ours) == ["out"]
+
+
+def test_half_of_an_old_folder_is_never_put_back(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(folder: Path, **_: object) -> None:
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    (ours / "weights").touch()
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        write(ours, force=True)
+    monkeypatch.undo()
+    assert (ours / MARK).read_text() == "new"
+    shutil.rmtree(ours)
+    write(ours)
+    assert (ours / MARK).read_text() == "new"
+    assert siblings(ours) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("event", "is_replacing"),
+    [
+        ("set aside", True),
+        ("in place", True),
+        ("in place", False),
+        ("on the disk", True),
+        ("on the disk", False),
+    ],
+)
+def test_ctrl_c_between_the_steps_of_publishing_undoes_them(
+    output: Path, monkeypatch: pytest.MonkeyPatch, event: str, is_replacing: bool
+) -> None:
+    if is_replacing:
+        make_folders(output, "out")
+    rename, fsync = os.rename, os.fsync
+
+    def interrupted_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        if (event == "set aside" and Path(target).suffix == ".old") or (
+            event == "in place" and Path(target) == output
+        ):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    def interrupted_fsync(handle: int) -> None:
+        fsync(handle)
+        if event == "on the disk" and os.path.samestat(os.fstat(handle), output.parent.stat()):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted_rename)
+    monkeypatch.setattr(os, "fsync", interrupted_fsync)
+    with pytest.raises(KeyboardInterrupt):
+        write(output, force=True)
+    assert siblings(output) == (["out"] if is_replacing else [])
+    assert not is_replacing or (output / MARK).read_text() == "left"
+
+
+def test_everything_is_on_the_disk_before_the_old_folder_goes(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, fsync, rmtree = os.rename, os.fsync, shutil.rmtree
+    events: list[str] = []
+
+    def record_rename(source: Path, target: Path) -> None:
+        events.append(f"rename to {Path(target).suffix or Path(target).name}")
+        rename(source, target)
+
+    def record_fsync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        events.append(f"fsync {'staging' if '.partial-' in path.name else path.name}")
+        fsync(handle)
+
+    def record_rmtree(folder: Path, *, ignore_errors: bool) -> None:
+        events.append(f"remove {folder.suffix}")
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    with staged_folder(ours, force=True, replaceable=MARK) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").touch()
+        monkeypatch.setattr(os, "rename", record_rename)
+        monkeypatch.setattr(os, "fsync", record_fsync)
+        monkeypatch.setattr(shutil, "rmtree", record_rmtree)
+    first, second = events.index("rename to .old"), events.index("remove .trash")
+    assert sorted(events[:first]) == ["fsync staging", "fsync sub", "fsync weights"]
+    parent = ours.parent.name
+    exchange = ["rename to .old", "rename to out", f"fsync {parent}", "rename to .trash"]
+    assert events[first:second] == exchange
+
+
+def test_windows_flushes_files_it_may_write_and_no_folders(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlushFileBuffers refuses a handle that is only read from."""
+    modes: list[int] = []
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+    )
+    write(output)
+    monkeypatch.undo()
+    assert modes == [os.O_RDWR]
+
+
+def test_a_failure_removes_the_parents_it_created(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+
+    def fail() -> None:
+        with staged_folder(tmp_path / "there" / "a" / "b" / "out", force=False, replaceable=MARK):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_failure_keeps_created_parents_that_others_use(tmp_path: Path) -> None:
+    def fail() -> None:
+        with staged_folder(tmp_path / "a" / "b" / "out", force=False, replaceable=MARK):
+            (tmp_path / "a" / "theirs").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["theirs"]
+
+
+def test_the_umask_of_the_process_is_never_changed(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's files would get its rights."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("umask changed"))
+    write(output)
+
+
+def check(output: Path) -> None:
+    check_replaceable(output, force=True, replaceable=MARK)
+
+
+@pytest.mark.parametrize("attempt", [check, write])
+@pytest.mark.parametrize("path", ["out", "a/out"])
+def test_an_output_in_a_folder_without_rights(
+    closed: Path, attempt: Callable[[Path], None], path: str
+) -> None:
+    message = f"cannot write {closed / path}: Permission denied. Nothing was left behind; choose"
+    with pytest.raises(ExportError, match=re.escape(message)) as caught:
+        attempt(closed / path)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("attempt", [check, write])
+@pytest.mark.parametrize("tail", ["", "/out"])
+def test_a_name_that_is_too_long(
+    tmp_path: Path, attempt: Callable[[Path], None], tail: str
+) -> None:
+    with pytest.raises(ExportError, match=r"cannot write .*: File name too long"):
+        attempt(tmp_path / ("n" * 300 + tail))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_leaves_no_room_for_the_partial_folder(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot write .*: File name too long"):
+        write(tmp_path / ("n" * 250))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.ESTALE])
+def test_a_failed_write_that_names_no_file(ours: Path, code: int) -> None:
+    def fail() -> None:
+        with staged_folder(ours, force=True, replaceable=MARK):
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(ExportError, match=f"cannot write {ours}: {os.strerror(code)}. Nothing"):
+        fail()
+    assert siblings(ours) == ["out"]
 
 
 def test_a_block_that_removes_its_folder_is_an_error(output: Path) -> None:
