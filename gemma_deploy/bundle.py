@@ -5,12 +5,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, cast, get_args
+from pathlib import Path
+from typing import Any, TypeGuard, cast, get_args
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, UnsafePathError
+from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError
 from gemma_deploy.graph_spec import PHASES, DType, GraphSpec, Phase, Precision, graph_spec
+from gemma_deploy.safe_paths import safe_path
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -92,7 +93,8 @@ class Bundle:
         Hashes are not computed here (see `changed_files`).
 
         Raises:
-            BundleError: No manifest, a broken one, a missing file or one of another size.
+            BundleError: No manifest, a broken one, a missing file or one of another size, or a
+                tokenizer file that the manifest does not list.
             BundleVersionError: A format this version does not know.
             UnsafePathError: A path that leaves the folder.
         """
@@ -112,6 +114,7 @@ class Bundle:
                     f"{folder / MANIFEST_FILE} refers to {name!r}, which is not among its files: "
                     "export the bundle again"
                 )
+        _refuse_unlisted_tokenizer_files(folder, manifest)
         return cls(folder=folder, manifest=manifest)
 
     @property
@@ -149,38 +152,6 @@ class Bundle:
             for name, record in self.manifest.files.items()
             if sha256_of(self.folder / name, on_bytes) != record.sha256
         ]
-
-
-def safe_path(folder: Path, name: str, source: str) -> Path:
-    """Return `folder / name` if that stays inside the folder, symbolic links followed.
-
-    Args:
-        folder: The bundle.
-        name: A relative path as a manifest or graph states it.
-        source: Where the path stands, for the message.
-
-    Raises:
-        UnsafePathError: The path is absolute, climbs out, or leads out through a link.
-    """
-    is_relative = not PurePosixPath(name).is_absolute() and not PureWindowsPath(name).anchor
-    if (
-        not name
-        or not is_relative
-        or ".." in PurePosixPath(name.replace("\\", "/")).parts
-        or not _resolves_inside(folder, name)
-    ):
-        raise UnsafePathError(
-            f"{source} names {name!r}, which leads out of the bundle {folder}: refused. Only use "
-            "bundles from sources you trust, or export again"
-        )
-    return folder / name
-
-
-def _resolves_inside(folder: Path, name: str) -> bool:
-    try:
-        return (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a link to itself; a zero byte
-        return False
 
 
 def check_external_data(folder: Path, graph: Path) -> None:
@@ -262,8 +233,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}{hint}")
     raw = _json_object(path)
     version = raw.get("format_version")
-    if not isinstance(version, int):
-        raise BundleError(f"{path} has no format_version: not a gemma-deploy manifest")
+    if not _is_positive_int(version):
+        raise BundleError(
+            f"{path} has format_version {version!r}, expected a whole number from 1: not a "
+            "gemma-deploy manifest; export the bundle again"
+        )
     if version > FORMAT_VERSION:
         raise BundleVersionError(
             f"{folder} has bundle format {version}, this gemma-deploy reads up to "
@@ -278,14 +252,15 @@ def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
         for dtype in dataclasses.astuple(precision):
             if dtype not in get_args(DType):
                 raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision")
+        config = GemmaConfig.from_dict(raw["model"])
         manifest = Manifest(
-            config=GemmaConfig.from_dict(raw["model"]),
+            config=config,
             precision=precision,
             graphs={phase: str(raw["graphs"][phase]["path"]) for phase in PHASES},
             weights=str(raw["weights"]),
             tokenizer=tuple(map(str, raw["tokenizer"])),
             generation=None if raw["generation"] is None else str(raw["generation"]),
-            max_seq_len=int(raw["limits"]["max_seq_len"]),
+            max_seq_len=_max_seq_len(raw["limits"]["max_seq_len"], config),
             files={
                 path: FileRecord(size_bytes=int(record["size_bytes"]), sha256=record["sha256"])
                 for path, record in raw["files"].items()
@@ -304,6 +279,29 @@ def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
                 "model it describes: export the bundle again"
             )
     return manifest
+
+
+def _max_seq_len(value: object, config: GemmaConfig) -> int:
+    limit = config.max_position_embeddings
+    if not _is_positive_int(value) or value > limit:
+        raise ValueError(f"max_seq_len is {value!r}, expected a whole number from 1 to {limit}")
+    return value
+
+
+def _is_positive_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _refuse_unlisted_tokenizer_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse what the tokenizer would read though no size, hash or path check covers it."""
+    from gemma_deploy.tokenizer import GemmaTokenizer
+
+    for path in GemmaTokenizer.files(folder):
+        if path.name not in manifest.files:
+            raise BundleError(
+                f"{path} is a tokenizer file that {MANIFEST_FILE} does not list: it was not part of "
+                "the export; remove it, or export the bundle again with it in the checkpoint"
+            )
 
 
 def _referenced(manifest: Manifest) -> list[str]:

@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
-from gemma_deploy.bundle import Bundle, Manifest, check_external_data, record_file, safe_path
+from gemma_deploy.bundle import Bundle, Manifest, check_external_data, record_file
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, UnsafePathError
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.safe_paths import safe_path
 
 FILES = {
     "prefill.onnx": b"prefill",
@@ -170,11 +171,51 @@ def test_a_newer_format(folder: Path) -> None:
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("version", [None, "1"])
+@pytest.mark.parametrize("version", [None, "1", 0, -1, True, 1.0])
 def test_a_manifest_without_version(folder: Path, version: object) -> None:
     edit(folder, "format_version", version)
-    with pytest.raises(BundleError, match="no format_version: not a gemma-deploy manifest"):
+    message = (
+        f"{folder / 'manifest.json'} has format_version {version!r}, expected a whole number from 1: "
+        "not a gemma-deploy manifest; export the bundle again"
+    )
+    with pytest.raises(BundleError, match=re.escape(message)):
         Bundle.open(folder)
+
+
+@pytest.mark.parametrize("limit", [-5, 0, 65, 10**9, 2.9, True, "64"])
+def test_a_length_that_the_model_does_not_have(folder: Path, limit: object) -> None:
+    edit(folder, "limits/max_seq_len", limit)
+    message = f"max_seq_len is {limit!r}, expected a whole number from 1 to 64"
+    with pytest.raises(BundleError, match=re.escape(message)):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("limit", [1, 64])
+def test_a_length_that_the_model_has(folder: Path, limit: int) -> None:
+    edit(folder, "limits/max_seq_len", limit)
+    assert Bundle.open(folder).manifest.max_seq_len == limit
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.model", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_tokenizer_file_that_was_dropped_in(folder: Path, name: str, is_link: bool) -> None:
+    target = folder.parent / "outside" if is_link else folder / name
+    target.write_text("{}")
+    if is_link:
+        (folder / name).symlink_to(target)
+    message = (
+        f"{folder / name} is a tokenizer file that manifest.json does not list: it was not part of "
+        "the export; remove it, or export the bundle again with it in the checkpoint"
+    )
+    with pytest.raises(BundleError, match=re.escape(message)):
+        Bundle.open(folder)
+
+
+def test_other_unlisted_files_are_nobody_s_business(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    assert Bundle.open(folder).config.vocab_size == 16
 
 
 @pytest.mark.parametrize(
@@ -264,6 +305,15 @@ def test_a_manifest_that_leads_out_of_the_bundle(surroundings: Path, path: str) 
     message = f"manifest.json names {path!r}, which leads out of the bundle {surroundings}: refused"
     with pytest.raises(UnsafePathError, match=re.escape(message)):
         Bundle.open(surroundings)
+
+
+def test_a_loop_is_refused_where_resolve_does_not_object(
+    surroundings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.13 on, resolving a link to itself gives the link, without an error."""
+    monkeypatch.setattr(Path, "resolve", lambda path: Path(os.path.realpath(path)))
+    with pytest.raises(UnsafePathError, match="leads out of the bundle"):
+        safe_path(surroundings, "loop", "test")
 
 
 def test_paths_that_stay_inside_are_fine(folder: Path) -> None:
