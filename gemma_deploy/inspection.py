@@ -1,6 +1,7 @@
 """What a bundle or a checkpoint holds: model, files, dtypes, sizes, and the memory it needs."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_deploy import memory
-from gemma_deploy.bundle import MANIFEST_FILE, Bundle
+from gemma_deploy.bundle import MANIFEST_FILE, Bundle, Manifest
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.errors import BundleError, RequestError
@@ -32,7 +33,7 @@ class Inspection:
         bytes_by_group: That size per group of tensors (`memory.GROUPS`).
         bytes_by_dtype: That size per dtype.
         files: Size in bytes of each file.
-        versions: What made a bundle; empty for a checkpoint.
+        manifest: All that a bundle says of itself; None for a checkpoint.
     """
 
     kind: Literal["bundle", "checkpoint"]
@@ -44,7 +45,14 @@ class Inspection:
     bytes_by_group: Mapping[str, int]
     bytes_by_dtype: Mapping[DType, int]
     files: Mapping[str, int]
-    versions: Mapping[str, str]
+    manifest: Manifest | None
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        if self.manifest is not None:
+            return self.manifest.max_seq_len
+        return self.config.max_position_embeddings
 
     def estimate(
         self, *, batch_size: int, max_seq_len: int, prefill_tokens: int
@@ -59,10 +67,10 @@ class Inspection:
         Raises:
             RequestError: `max_seq_len` is beyond what the model was made for.
         """
-        limit = self.config.max_position_embeddings
-        if max_seq_len > limit:
+        if max_seq_len > self.max_seq_len:
             raise RequestError(
-                f"max_seq_len is {max_seq_len}; the model was made for at most {limit} tokens"
+                f"max_seq_len is {max_seq_len}; the model was made for at most "
+                f"{self.max_seq_len} tokens"
             )
         is_bundle = self.kind == "bundle"
         stored = self.weights_bytes if is_bundle else self._bundle_bytes(self.precision)
@@ -89,7 +97,7 @@ class Inspection:
                 "by_dtype": dict(self.bytes_by_dtype),
             },
             "files": dict(self.files),
-            "versions": dict(self.versions),
+            "manifest": None if self.manifest is None else json.loads(self.manifest.to_json()),
         }
 
     def _bundle_bytes(self, precision: Precision) -> int:
@@ -129,7 +137,7 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
         bytes_by_dtype=_bytes_by_dtype([(dtype, size) for _, dtype, _, size in tensors]),
         files={name: record.size_bytes for name, record in manifest.files.items()}
         | {MANIFEST_FILE: manifest_bytes},
-        versions=manifest.versions,
+        manifest=manifest,
     )
 
 
@@ -148,7 +156,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         bytes_by_group=memory.bytes_by_group((t.name, t.size_bytes) for t in tensors),
         bytes_by_dtype=by_dtype,
         files={path.name: path.stat().st_size for path in paths},
-        versions={},
+        manifest=None,
     )
 
 

@@ -1,5 +1,7 @@
 """`gemma-deploy inspect`: what a bundle or checkpoint holds, and the memory it needs."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +10,8 @@ import click
 from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
 
 if TYPE_CHECKING:
+    from gemma_deploy.bundle import Manifest
+    from gemma_deploy.graph_spec import TensorSpec
     from gemma_deploy.inspection import Inspection
     from gemma_deploy.memory import MemoryEstimate
 
@@ -43,9 +47,17 @@ Examples:
     metavar="ROWS",
     help="Estimate memory for this many prompts at a time.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object, sizes in bytes, with the whole manifest.",
+)
 def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: bool) -> None:
     """Show what the bundle or checkpoint at PATH holds and the memory it needs.
+
+    Of a bundle also what its manifest says: format, graphs, tokenizer, what made it, and with --json
+    the SHA-256 of each file.
 
     Only headers and sizes are read, so it answers at once for a model of any size; `verify` checks
     the contents. Weights and KV cache are exact, activations are an estimate of the peak while a
@@ -56,7 +68,7 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
     from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS
 
     inspection = inspect_folder(path)
-    limit = inspection.config.max_position_embeddings
+    limit = inspection.max_seq_len
     estimates = [
         inspection.estimate(
             batch_size=batch_size, max_seq_len=length, prefill_tokens=PREFILL_CHUNK_TOKENS
@@ -77,6 +89,8 @@ def _print(inspection: "Inspection", estimates: list["MemoryEstimate"]) -> None:
     emit_table(
         [(name, format_bytes(size)) for name, size in inspection.files.items()], title="Files"
     )
+    if inspection.manifest is not None:
+        emit_table(_graphs(inspection.manifest), title="Graphs")
     first = estimates[0]
     rows = [(f"{e.max_seq_len} tokens", _memory(e)) for e in estimates]
     emit_table(rows, title=f"Memory for {_plural(first.batch_size, 'prompt')} at a time of")
@@ -86,7 +100,6 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
     config, precision = inspection.config, inspection.precision
     sliding = sum(config.window_of(layer) is not None for layer in range(config.num_hidden_layers))
     window = f", {sliding} with a window of {config.sliding_window} tokens" if sliding else ""
-    made_by = ", ".join(f"{name} {version}" for name, version in inspection.versions.items())
     dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in inspection.bytes_by_dtype.items())
     heads = (
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads "
@@ -101,10 +114,43 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
         ("longest text", f"{config.max_position_embeddings} tokens"),
         ("stored as", dtypes),
     ]
-    if inspection.kind == "bundle":
+    if inspection.manifest is not None:
         facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))
-        facts.append(("made by", made_by))
+        facts += _manifest_facts(inspection.manifest)
     return facts
+
+
+def _manifest_facts(manifest: "Manifest") -> list[tuple[str, str]]:
+    from gemma_deploy.bundle import FORMAT_VERSION
+
+    versions = manifest.versions.items()
+    return [
+        ("format", f"bundle format {FORMAT_VERSION}"),
+        ("limits", f"{manifest.max_seq_len} tokens of prompt and answer together"),
+        ("tokenizer", ", ".join(manifest.tokenizer) or "none"),
+        ("generation", manifest.generation or "none"),
+        ("made by", ", ".join(f"{name} {version}" for name, version in versions)),
+    ]
+
+
+def _graphs(manifest: "Manifest") -> list[tuple[str, str]]:
+    """Return what each graph takes and gives, the caches of all layers as one line."""
+    rows = []
+    for phase, path in manifest.graphs.items():
+        spec = manifest.spec(phase)
+        lines = [*_lines("takes", spec.inputs), *_lines("gives", spec.outputs)]
+        rows += list(zip([path, *[""] * (len(lines) - 1)], lines, strict=True))
+    return rows
+
+
+def _lines(verb: str, tensors: "Sequence[TensorSpec]") -> list[str]:
+    texts = list(dict.fromkeys(map(_tensor, tensors)))
+    return [f"{verb if i == 0 else '':<{len(verb)}}  {text}" for i, text in enumerate(texts)]
+
+
+def _tensor(spec: "TensorSpec") -> str:
+    name = re.sub(r"\.\d+\.(?:key|value)$", ".{layer}.key|value", spec.name)
+    return f"{name} {spec.dtype} [{', '.join(map(str, spec.dims))}]"
 
 
 def _memory(estimate: "MemoryEstimate") -> str:

@@ -26,6 +26,41 @@ class TestBundle:
         ):
             assert text in result.stdout
 
+    def test_shows_the_manifest(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        manifest = json.loads((bundle / "manifest.json").read_text())
+
+        result = invoke("inspect", bundle)
+
+        lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+        made_by = next(line for line in lines if line.startswith("made by "))
+        for name, version in manifest["versions"].items():
+            assert f"{name} {version}" in made_by
+        start = lines.index("Graphs") + 1
+        assert lines[start : start + 12] == [
+            "prefill.onnx takes input_ids int64 [B, S]",
+            "input_pos int64 [B]",
+            "logits_index int64 [B, L]",
+            "past_key_values.{layer}.key|value float32 [B, 1, T, 64]",
+            "gives logits float32 [B, L, 512]",
+            "present.{layer}.key|value float32 [B, 1, T, 64]",
+            "decode.onnx takes input_ids int64 [B, 1]",
+            "input_pos int64 [B]",
+            "past_key_values.{layer}.key|value float32 [B, 1, T, 64]",
+            "gives logits float32 [B, 1, 512]",
+            "present.{layer}.key|value float32 [B, 1, T, 64]",
+            "Memory for 1 prompt at a time of",
+        ]
+        assert "format bundle format 1" in lines
+        assert "limits 8192 tokens of prompt and answer together" in lines
+        assert "tokenizer " + ", ".join(manifest["tokenizer"]) in lines
+        assert "generation generation_config.json" in lines
+
+    def test_json_holds_the_manifest(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        result = invoke("inspect", bundle, "--json")
+
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        assert json.loads(result.stdout)["manifest"] == manifest
+
     def test_json_adds_up(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke(
             "inspect",
