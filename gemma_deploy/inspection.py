@@ -108,18 +108,20 @@ def inspect_folder(folder: Path) -> Inspection:
     """Read what a bundle or a checkpoint holds; no weights are read.
 
     Raises:
+        RequestError: There is nothing at `folder`.
         BundleError: Neither of the two, or a bundle that is incomplete.
         CheckpointError: A checkpoint that is incomplete.
         ConfigError: A checkpoint of another model family.
     """
+    expected = f"expected a bundle ({MANIFEST_FILE}) or a checkpoint ({CONFIG_FILE})"
+    if not folder.exists():
+        raise RequestError(f"{folder} does not exist; {expected}")
     if (folder / MANIFEST_FILE).is_file():
         return _inspect_bundle(Bundle.open(folder))
     if (folder / CONFIG_FILE).is_file():
         return _inspect_checkpoint(Checkpoint.open(folder))
     found = "is a folder without either" if folder.is_dir() else "is not a folder"
-    raise BundleError(
-        f"{folder} {found}; expected a bundle ({MANIFEST_FILE}) or a checkpoint ({CONFIG_FILE})"
-    )
+    raise BundleError(f"{folder} {found}; {expected}")
 
 
 def _inspect_bundle(bundle: Bundle) -> Inspection:
@@ -172,7 +174,7 @@ def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
                 dtype = _FLOAT_NAMES[part.get_dtype()]
                 elements = math.prod(part.get_shape())
                 tensors.append((name, dtype, elements, elements * DTYPE_BYTES[dtype]))
-    except (SafetensorError, KeyError) as err:
+    except (SafetensorError, KeyError, OSError) as err:
         raise BundleError(
             f"{path} cannot be read as safetensors ({err}): copy the bundle again or export it again"
         ) from err

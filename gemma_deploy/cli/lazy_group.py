@@ -28,17 +28,28 @@ class LazyCommand:
 
 
 class CommandError(click.ClickException):
-    """A GemmaDeployError as click shows it: `Error: message` on stderr, the error's exit code."""
+    """An error as click shows it: `Error: message` on stderr, and the exit code."""
 
-    def __init__(self, err: GemmaDeployError) -> None:
-        super().__init__(str(err))
-        self.exit_code = err.exit_code  # type: ignore[misc] # click reads the instance's own
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc] # click reads the instance's own
+
+
+def explain_os_error(err: OSError) -> str:
+    """Return what the operating system refused, and what to do about it."""
+    reason = err.strerror or str(err)
+    if err.filename is None:
+        return f"the operating system refused an operation: {reason}"
+    return (
+        f"{err.filename} cannot be used: {reason}; check the path and that this user may read it "
+        "and its folders"
+    )
 
 
 class LazyGroup(click.Group):
     """A group of verbs in a table of names, imported when asked for.
 
-    It is also where errors raised on purpose turn into messages: everything below it runs inside
+    It is also where errors raised on purpose, and the operating system's, turn into messages: everything below it runs inside
     `invoke`, whether a process or a test runner started it.
     """
 
@@ -74,13 +85,19 @@ class LazyGroup(click.Group):
             formatter.write_dl([(k, v.short_help) for k, v in self._lazy_commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; errors of the tree become a message, unless `--debug` wants the traceback."""
+        """Run the verb; errors become a message, unless `--debug` wants the traceback."""
         try:
             return super().invoke(ctx)
         except GemmaDeployError as err:
             if ctx.params.get("debug"):
                 raise
-            raise CommandError(err) from err
+            raise CommandError(str(err), err.exit_code) from err
+        except BrokenPipeError:
+            raise  # whoever read the output went away: click ends quietly
+        except OSError as err:
+            if ctx.params.get("debug"):
+                raise
+            raise CommandError(explain_os_error(err), GemmaDeployError.exit_code) from err
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE) from None

@@ -12,6 +12,7 @@ from gemma_deploy.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle, check_ext
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli.console import Progress, format_bytes
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
+from gemma_deploy.cli.lazy_group import explain_os_error
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
 from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError, RequestError
 from gemma_deploy.graph_spec import PHASES, DType
@@ -69,9 +70,12 @@ class Verification:
         """Run the checks, yield each as it ends, and stop after the first that fails.
 
         Raises:
-            RequestError: The text, the device or the like cannot be; nothing is wrong with the
-                bundle then.
+            RequestError: A path that is not there, or the text, the device or the like cannot be;
+                nothing is wrong with the bundle then.
         """
+        _require_there(self.bundle, "a bundle")
+        if self.checkpoint is not None:
+            _require_there(self.checkpoint, "the checkpoint it was made of")
         name = "manifest"
         try:
             bundle = Bundle.open(self.bundle)
@@ -97,6 +101,10 @@ class Verification:
             raise
         except GemmaDeployError as err:
             yield Check(name=name, is_ok=False, detail=str(err))
+        except OSError as err:
+            if err.filename is None:  # not of the bundle or the checkpoint: stderr went away
+                raise
+            yield Check(name=name, is_ok=False, detail=explain_os_error(err))
 
     def _load(self, bundle: Bundle, on_progress: Progress) -> "OnnxRuntimeSession":
         from gemma_deploy.runtime.devices import Device
@@ -199,6 +207,11 @@ def describe_parity(report: ParityReport, activations: DType) -> str:
         f"{report.max_kl_nats:.2g} nats; same greedy token at {report.greedy_agreement:.1%} of "
         f"{report.positions} positions{clear}"
     )
+
+
+def _require_there(folder: Path, what: str) -> None:
+    if not folder.exists():
+        raise RequestError(f"{folder} does not exist; expected the folder of {what}")
 
 
 def _passed(name: str, detail: str) -> Check:

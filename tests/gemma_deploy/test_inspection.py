@@ -56,8 +56,14 @@ class TestNeither:
             inspect_folder(tmp_path)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(BundleError, match="is not a folder; expected a bundle"):
+        with pytest.raises(RequestError, match="does not exist; expected a bundle"):
             inspect_folder(tmp_path / "nowhere")
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+
+        with pytest.raises(BundleError, match="is not a folder; expected a bundle"):
+            inspect_folder(tmp_path / "file")
 
 
 class TestBundle:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from click.testing import Result
 from gemma_deploy.cli.main import COMMANDS
 
 HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "numpy", "rich", "tokenizers", "jinja2"}
+
+# Refused even to root, whom no permission stops.
+UNREACHABLE = "x" * 300
 
 
 class TestStart:
@@ -90,13 +94,50 @@ class TestErrors:
         assert result.stderr.startswith("Error: ")
         assert "Traceback" not in result.stderr
 
-    def test_impossible_request_is_exit_code_2(
-        self, invoke: Callable[..., Result], tmp_path: Path
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["generate", "nowhere", "a prompt"],
+            ["chat", "nowhere"],
+            ["inspect", "nowhere"],
+            ["verify", "nowhere"],
+            ["export", "nowhere", "-o", "out"],
+        ],
+        ids=lambda arguments: str(arguments[0]),
+    )
+    def test_a_path_that_is_not_there_is_exit_code_2(
+        self,
+        arguments: list[str],
+        invoke: Callable[..., Result],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        result = invoke("generate", tmp_path / "nowhere", "a prompt")
+        monkeypatch.chdir(tmp_path)
+
+        result = invoke(*arguments)
 
         assert result.exit_code == 2
-        assert "does not exist" in result.stderr
+        assert result.stdout == ""
+        assert re.search("nowhere (does not exist|is not there); expected", result.stderr)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["generate", UNREACHABLE, "a prompt"],
+            ["inspect", UNREACHABLE],
+            ["verify", UNREACHABLE],
+            ["export", UNREACHABLE, "-o", "out"],
+        ],
+        ids=lambda arguments: str(arguments[0]),
+    )
+    def test_a_path_that_the_system_refuses_is_one_line_and_exit_code_1(
+        self, arguments: list[str], invoke: Callable[..., Result]
+    ) -> None:
+        result = invoke(*arguments)
+
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"Error: {UNREACHABLE}")
+        assert "cannot be used: File name too long; check the path" in result.stderr
 
     @pytest.mark.parametrize(
         ("flag", "environment"), [(["--debug"], {}), ([], {"GEMMA_DEPLOY_DEBUG": "1"})]

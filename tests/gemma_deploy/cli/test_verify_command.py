@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -192,6 +193,21 @@ class TestDamage:
         assert "FAIL  parity, decode graph, token by token" in result.stdout
         assert "FAIL  parity, both graphs, ragged batch" in result.stdout
 
+    def test_a_file_that_cannot_be_read(
+        self, invoke: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path, _on_bytes: object) -> str:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr("gemma_deploy.bundle.sha256_of", refuse)
+
+        result = invoke("verify", bundle)
+
+        assert result.exit_code == 1
+        assert "ok    manifest" in result.stdout
+        assert f"FAIL  hashes: {bundle}/" in result.stdout
+        assert "cannot be used: Permission denied" in result.stdout
+
     def test_not_a_bundle(self, invoke: Callable[..., Result], bundle_checkpoint: Path) -> None:
         result = invoke("verify", bundle_checkpoint)
 
@@ -212,6 +228,14 @@ class TestRequests:
         assert result.exit_code == 1
         assert "FAIL  checkpoint: " in result.stdout
         assert "is not what" in result.stdout
+
+    def test_a_checkpoint_that_is_not_there(
+        self, invoke: Callable[..., Result], bundle: Path, tmp_path: Path
+    ) -> None:
+        result = invoke("verify", bundle, "--checkpoint", tmp_path / "nowhere")
+
+        assert result.exit_code == 2
+        assert "nowhere does not exist; expected the folder of the checkpoint" in result.stderr
 
     def test_a_tolerance_for_nothing(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("verify", bundle, "--tolerance", "1")
