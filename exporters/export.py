@@ -1,6 +1,5 @@
 """Checkpoint folder to bundle folder: `export_checkpoint`."""
 
-import fnmatch
 import platform
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from gemma_deploy.bundle import (
     record_file,
 )
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.errors import BundleError, ConfigError, ExportError, OutputExistsError
 from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.weights import StoredTensor, plan_weights, write_weights
@@ -29,8 +29,6 @@ OnProgress = Callable[[str, int, int], object]
 
 GRAPH_FILES: dict[Phase, str] = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 
-# Licences travel with the weights they are about.
-_LICENCE_PATTERNS = ("licen[cs]e*", "notice*", "*terms_of_use*", "*use_policy*", "copying*")
 _PRODUCERS = (
     "gemma-deploy",
     "torch",
@@ -171,7 +169,7 @@ def _write_manifest(
     tokenizer = [_copied(path, folder) for path in GemmaTokenizer.files(source.folder)]
     generation = source.folder / GENERATION_FILE
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and any(fnmatch.fnmatch(path.name.lower(), p) for p in _LICENCE_PATTERNS):
+        if path.is_file() and is_licence(path.name):
             _copied(path, folder)
     manifest = Manifest(
         config=source.config,

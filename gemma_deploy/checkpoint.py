@@ -7,7 +7,7 @@ file format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -258,12 +258,13 @@ def _read_header(file: Path) -> dict[str, Any]:
                 )
             header = json.loads(stream.read(header_bytes))
         header.pop("__metadata__", None)
+        _check_contiguous(entry["data_offsets"] for entry in header.values())
         for entry in header.values():
             begin, end = entry["data_offsets"]
-            entry["data_offsets"] = (int(begin) + 8 + header_bytes, int(end) + 8 + header_bytes)
+            entry["data_offsets"] = (begin + 8 + header_bytes, end + 8 + header_bytes)
             entry["shape"] = tuple(int(size) for size in entry["shape"])
             entry["dtype"] = str(entry["dtype"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"{file} has an unreadable safetensors header: {err!r}. Download it again"
         ) from err
@@ -274,6 +275,15 @@ def _read_header(file: Path) -> dict[str, Any]:
             "Download it again"
         )
     return dict(header)
+
+
+def _check_contiguous(offsets: Iterable[Sequence[int]]) -> None:
+    """Require tensors one after the other, without overlaps and holes, as the format does."""
+    end = 0
+    for begin, next_end in sorted(offsets):
+        if not (type(begin) is type(next_end) is int and begin == end <= next_end):
+            raise ValueError(f"data_offsets [{begin}, {next_end}] where byte {end} comes next")
+        end = next_end
 
 
 def _canonical(stored_name: str) -> str:

@@ -145,7 +145,7 @@ def _layer_types(
 ) -> tuple[LayerType, ...]:
     given = raw.get("layer_types")
     if given is not None:
-        if not isinstance(given, list | tuple):
+        if not isinstance(given, list | tuple) or not all(isinstance(t, str) for t in given):
             raise ConfigError(f"layer_types is {given!r}, expected a list of layer types")
         return tuple(given)
     pattern = raw.get("sliding_window_pattern") or _DEFAULT_PATTERN[model_type]
@@ -158,13 +158,12 @@ def _layer_types(
 def _rope(
     raw: Mapping[str, Any], model_type: ModelType, layer_types: tuple[LayerType, ...]
 ) -> dict[LayerType, RopeParameters]:
-    given = raw.get("rope_parameters") or {}
+    given, scaling = _mapping(raw, "rope_parameters"), _mapping(raw, "rope_scaling")
     is_per_layer_type = any(isinstance(v, Mapping) for v in given.values())
-    scaling = raw.get("rope_scaling") or {}
     has_two_bases = model_type == "gemma3_text"
     out: dict[LayerType, RopeParameters] = {}
     for layer_type in sorted(set(layer_types)):
-        nested = given.get(layer_type) or {} if is_per_layer_type else given
+        nested = _mapping(given, layer_type) if is_per_layer_type else given
         if has_two_bases and layer_type == SLIDING_ATTENTION:
             # Local layers are never scaled; their base has a key of its own.
             inherited = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
@@ -173,6 +172,14 @@ def _rope(
             inherited = {"rope_theta": theta, **scaling}
         out[layer_type] = _rope_parameters({**inherited, **nested})
     return out
+
+
+def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the JSON object under a name; empty if it is missing or null."""
+    value = raw.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {value!r}, expected a JSON object: correct config.json")
+    return value
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -36,3 +37,14 @@ def test_wheel_equals_the_tree(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected_files()
+
+
+def test_the_import_contract_names_every_shared_module() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (named,) = [set(c["source_modules"]) for c in contracts if c["type"] == "forbidden"]
+    may_import_the_rooms = {"__init__", "__main__", "api", "cli", "exporters", "runtime"}
+    files = {path.stem for path in (ROOT / "gemma_deploy").glob("*.py")}
+    folders = {path.parent.name for path in (ROOT / "gemma_deploy").glob("*/__init__.py")}
+    modules = (files | folders) - may_import_the_rooms
+    assert named == {f"gemma_deploy.{module}" for module in modules}

@@ -1,5 +1,6 @@
 """The language model head over the decoder: `GemmaForCausalLM`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -7,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.model.attend import AttentionImplementation
 from gemma_deploy.model.kv_cache import KVCache
-from gemma_deploy.model.loading import load_parameters, stored_dtype
+from gemma_deploy.model.loading import load_model
 from gemma_deploy.model.outputs import CausalLMOutput
 from gemma_deploy.model.saving import save_checkpoint
 from gemma_deploy.model.transformer import GemmaModel, initialize_weights
@@ -81,12 +81,12 @@ class GemmaForCausalLM(nn.Module):
             CheckpointError: See `Checkpoint.open`.
             ConfigError: See `Checkpoint.open`.
         """
-        checkpoint = Checkpoint.open(folder)
-        with torch.device("meta"):
-            model = cls(checkpoint.config, attn_implementation=attn_implementation)
-        dtype = dtype or stored_dtype(checkpoint)
-        load_parameters(model, checkpoint, dtype=dtype, device=torch.device(device))
-        return model.eval()
+        return load_model(
+            partial(cls, attn_implementation=attn_implementation),
+            folder,
+            dtype=dtype,
+            device=device,
+        )
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `model.safetensors` and `config.json`, which transformers reads too.

@@ -147,11 +147,18 @@ class StaticCache:
 
         Raises:
             PromptTooLongError: If the step does not fit the cache.
+            RequestError: If the batch is not the cache's.
         """
         if step.length > self.max_seq_len or step.start < 0:
             raise PromptTooLongError(
                 f"tokens for cache slots {step.start} to {step.length - 1} do not fit a cache of "
                 f"{self.max_seq_len}: use a larger max_seq_len or a shorter prompt"
+            )
+        batch_size = self.keys[layer_idx].shape[0]
+        if key.shape[0] != batch_size:
+            raise RequestError(
+                f"a batch of {key.shape[0]} rows does not fit a StaticCache of {batch_size}: allocate "
+                "one with as many rows as the batch"
             )
         for cache, rows in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
             if step.is_run:

@@ -1,11 +1,17 @@
 """A checkpoint's weights, read straight into a model's parameters."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, Checkpoint
+from gemma_deploy.config import GemmaConfig
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -15,19 +21,57 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return _TORCH_DTYPES[checkpoint.tensors[EMBEDDING_WEIGHT].dtype]
 
 
+def load_model(
+    build: Callable[[GemmaConfig], ModelT],
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    prefix: str = "",
+) -> ModelT:
+    """Build a model of a checkpoint folder without weights, then read them into its parameters.
+
+    Args:
+        build: Makes the model of a config; called with `meta` as the default device.
+        folder: Hugging Face layout, safetensors only; see `Checkpoint.open`.
+        dtype: Of the parameters; None for the dtype the embedding is stored in.
+        device: Of the parameters.
+        prefix: What the checkpoint's names have in front of the model's parameter names.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: See `Checkpoint.open`.
+        ConfigError: See `Checkpoint.open`.
+    """
+    checkpoint = Checkpoint.open(folder)
+    with torch.device("meta"):
+        model = build(checkpoint.config)
+    dtype = dtype or stored_dtype(checkpoint)
+    load_parameters(model, checkpoint, dtype=dtype, device=torch.device(device), prefix=prefix)
+    return model.eval()
+
+
 def load_parameters(
-    model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    prefix: str = "",
 ) -> None:
     """Give a model that was built on `meta` memory, and fill it.
 
     Peak memory is the model's plus one block of rows where dtype or device differ.
 
     Args:
-        model: Its parameter names are the checkpoint's canonical names; parameters that are one
-            object stay one.
+        model: Its parameter names, behind `prefix`, are the checkpoint's canonical names;
+            parameters that are one object stay one.
         checkpoint: Opened checkpoint.
         dtype: Of the parameters.
         device: Of the parameters.
+        prefix: See `load_model`.
 
     Raises:
         CheckpointError: If weights cannot be read.
@@ -37,7 +81,7 @@ def load_parameters(
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in materialized:
                 data = torch.empty(parameter.shape, dtype=dtype, device=device)
-                _fill(data, checkpoint, f"{module_name}.{name}")
+                _fill(data, checkpoint, f"{prefix}{module_name}.{name}")
                 materialized[id(parameter)] = nn.Parameter(data)
             setattr(module, name, materialized[id(parameter)])
 

@@ -4,6 +4,8 @@ The loop over layers takes the attention as a callable (`attention.Attend`), so 
 and exported graphs are the same modules run by the same code.
 """
 
+from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -15,6 +17,7 @@ from gemma_deploy.model.attend import AttentionImplementation, CachedAttention
 from gemma_deploy.model.attention import Attend, GemmaAttention
 from gemma_deploy.model.feed_forward import GemmaFeedForward
 from gemma_deploy.model.kv_cache import DynamicCache, KVCache, Step
+from gemma_deploy.model.loading import load_model
 from gemma_deploy.model.masks import StepMasks
 from gemma_deploy.model.norm import RMSNorm
 from gemma_deploy.model.outputs import ModelOutput
@@ -92,6 +95,24 @@ class GemmaModel(nn.Module):
             for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         }
         initialize_weights(self, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        attn_implementation: AttentionImplementation = "sdpa",
+    ) -> "GemmaModel":
+        """Load a checkpoint folder without its head; see `GemmaForCausalLM.from_pretrained`."""
+        return load_model(
+            partial(cls, attn_implementation=attn_implementation),
+            folder,
+            dtype=dtype,
+            device=device,
+            prefix="model.",
+        )
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return scaled embeddings [B, S, D] of int64 token ids [B, S]."""

@@ -230,6 +230,10 @@ def test_refuses_a_truncated_file(folder: Path) -> None:
         b'{"x": 3}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
         b'{"x": {"dtype": "F32", "shape": "a", "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, Infinity]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "y": {"data_offsets": [0, 4]}}',
     ],
 )
 def test_refuses_a_broken_header(folder: Path, header: bytes) -> None:
@@ -242,11 +246,11 @@ def test_refuses_offsets_that_contradict_the_shape(folder: Path) -> None:
     data = (folder / SAVED).read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
-    header[UP_PROJ]["data_offsets"][1] -= 4
+    header[UP_PROJ]["dtype"] = "F16"
     changed = json.dumps(header).encode()
     body = data[8 + size :]
     (folder / SAVED).write_bytes(struct.pack("<Q", len(changed)) + changed + body)
-    with pytest.raises(CheckpointError, match="takes 32764 bytes, expected 32768"):
+    with pytest.raises(CheckpointError, match="takes 32768 bytes, expected 16384 for F16"):
         Checkpoint.open(folder)
 
 

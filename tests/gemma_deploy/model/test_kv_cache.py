@@ -63,6 +63,14 @@ def test_static_cache_refuses_what_does_not_fit(position: Tensor | None) -> None
         StaticCache(CONFIG, 1, 8).update(0, rows(1, 2, 0), rows(1, 2, 0), step)
 
 
+def test_static_cache_refuses_another_batch() -> None:
+    """One row would otherwise be broadcast into all of them."""
+    with pytest.raises(RequestError, match="a batch of 1 rows does not fit a StaticCache of 4"):
+        StaticCache(CONFIG, 4, 8).update(
+            0, rows(1, 2, 0), rows(1, 2, 0), Step.after(0, 2, CPU, None)
+        )
+
+
 @pytest.mark.parametrize(
     "position", [torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor([[0, 1], [0, 1]])]
 )

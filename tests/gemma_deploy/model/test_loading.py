@@ -9,7 +9,7 @@ import torch
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.model import GemmaForCausalLM
+from gemma_deploy.model import GemmaForCausalLM, GemmaModel
 from gemma_deploy.model.loading import load_parameters, stored_dtype
 
 # VmHWM, not ru_maxrss: a child process inherits its parent's ru_maxrss.
@@ -89,3 +89,11 @@ def test_there_is_no_second_copy_of_the_model(tmp_path: Path, dtype: str) -> Non
     # A block of 64 MiB and its successor where rows are cast; a copy is 147 or 293 MiB.
     staging_bytes = (16 if dtype == "bfloat16" else 128) * 1024 * 1024
     assert int(done.stdout) * 1024 < size_bytes + staging_bytes
+
+
+def test_the_decoder_alone(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("gemma1")
+    expected = GemmaForCausalLM.from_pretrained(folder).model.state_dict()
+    found = GemmaModel.from_pretrained(folder).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
