@@ -1,6 +1,10 @@
 """What a caller asks of a generation: `GenerationOptions`, validated on construction."""
 
+import numbers
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex, cast
 
 from gemma_deploy.errors import RequestError
 
@@ -27,7 +31,7 @@ class GenerationOptions:
         ignore_eos: Whether to go on past the model's own end of text (for measurements).
 
     Raises:
-        RequestError: On construction, for a number outside its range.
+        RequestError: On construction, for a value of another type or outside its range.
     """
 
     max_new_tokens: int = 256
@@ -40,20 +44,34 @@ class GenerationOptions:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        temperature = 0.0 if self.temperature is None else self.temperature
-        is_valid = temperature == 0 or 1 / _MAX_FACTOR <= temperature <= _MAX_FACTOR
-        expected = f"0 (greedy), or {1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g}"
-        _require(is_valid, "temperature", temperature, expected)
-        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        _require(
-            self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"
-        )
-        penalty = self.repetition_penalty
-        is_valid = 1 / _MAX_FACTOR <= penalty <= _MAX_FACTOR
-        expected = f"{1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g} (1 for none)"
-        _require(is_valid, "repetition_penalty", penalty, expected)
-        _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+        factor = f"{1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g}"
+        checked: dict[str, object] = {
+            "max_new_tokens": _whole("max_new_tokens", self.max_new_tokens, 1),
+            "repetition_penalty": _real(
+                "repetition_penalty", self.repetition_penalty, _is_factor, f"{factor} (1 for none)"
+            ),
+            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+        }
+        if self.temperature is not None:
+            checked["temperature"] = _real(
+                "temperature",
+                self.temperature,
+                lambda value: value == 0 or _is_factor(value),
+                f"0 (greedy), or {factor}",
+            )
+        if self.top_k is not None:
+            checked["top_k"] = _whole("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            checked["top_p"] = _real(
+                "top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1"
+            )
+        if self.seed is not None:
+            checked["seed"] = _whole("seed", self.seed, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise _type_error("ignore_eos", self.ignore_eos, "True or False")
+        for name, value in checked.items():
+            # Plain numbers from here on, whatever library the caller's came from.
+            object.__setattr__(self, name, value)
 
     @property
     def is_greedy(self) -> bool:
@@ -63,6 +81,45 @@ class GenerationOptions:
         return self.temperature == 0
 
 
-def _require(is_valid: bool, name: str, value: object, expected: str) -> None:
-    if not is_valid:
+def _is_factor(value: float) -> bool:
+    return 1 / _MAX_FACTOR <= value <= _MAX_FACTOR
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    expected = f"at least {least}" if least else "0 or more"
+    number = _as_int(value)
+    if number is None:
+        raise _type_error(name, value, f"a whole number, {expected}")
+    if number < least:
+        raise RequestError(f"{name} is {number}; it must be {expected}")
+    return number
+
+
+def _real(name: str, value: object, is_valid: Callable[[float], bool], expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _type_error(name, value, f"a number: {expected}")
+    # Compared before it is converted: a huge int has no float.
+    if not is_valid(cast("float", value)):
         raise RequestError(f"{name} is {value}; it must be {expected}")
+    return float(value)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise _type_error(name, value, "a sequence of token ids, such as (1, 107)")
+    given = tuple(value)
+    return tuple(_whole(f"{name}[{index}]", item, 0) for index, item in enumerate(given))
+
+
+def _as_int(value: object) -> int | None:
+    """Return a whole number of any library as an int, None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(cast("SupportsIndex", value))
+    except TypeError:
+        return None
+
+
+def _type_error(name: str, value: object, expected: str) -> RequestError:
+    return RequestError(f"{name} is {value!r} ({type(value).__name__}); it must be {expected}")

@@ -1,3 +1,6 @@
+from typing import Any
+
+import numpy as np
 import pytest
 
 from gemma_deploy.errors import RequestError
@@ -24,6 +27,48 @@ from gemma_deploy.runtime.request import GenerationOptions
 def test_numbers_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         GenerationOptions(**values)  # type: ignore[arg-type]  # one dict for fields of several types
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"max_new_tokens": 2.5},
+            r"max_new_tokens is 2.5 \(float\); .* a whole number, at least 1",
+        ),
+        ({"max_new_tokens": True}, r"max_new_tokens is True \(bool\); .* a whole number"),
+        ({"max_new_tokens": None}, r"max_new_tokens is None \(NoneType\); .* a whole number"),
+        ({"top_k": 5.0}, r"top_k is 5.0 \(float\); .* a whole number, at least 1"),
+        ({"top_k": np.float32(5)}, r"top_k is .*\(float32\); .* a whole number"),
+        ({"seed": 1.5}, r"seed is 1.5 \(float\); .* a whole number, 0 or more"),
+        ({"temperature": "0.7"}, r"temperature is '0.7' \(str\); .* a number: 0 \(greedy\)"),
+        ({"temperature": True}, r"temperature is True \(bool\); .* a number"),
+        ({"top_p": [0.9]}, r"top_p is \[0.9\] \(list\); .* a number: above 0 and at most 1"),
+        ({"repetition_penalty": None}, r"repetition_penalty is None \(NoneType\); .* a number"),
+        ({"stop_token_ids": 107}, r"stop_token_ids is 107 \(int\); .* a sequence of token ids"),
+        ({"stop_token_ids": "107"}, r"stop_token_ids is '107' \(str\); .* a sequence of token ids"),
+        ({"stop_token_ids": (1, 2.0)}, r"stop_token_ids\[1\] is 2.0 \(float\); .* a whole number"),
+        ({"stop_token_ids": (-1,)}, r"stop_token_ids\[0\] is -1; it must be 0 or more"),
+        ({"ignore_eos": "no"}, r"ignore_eos is 'no' \(str\); it must be True or False"),
+    ],
+)
+def test_values_of_another_type_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        GenerationOptions(**values)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    options = GenerationOptions(
+        max_new_tokens=np.int64(3),  # type: ignore[arg-type]  # on purpose
+        temperature=np.float32(0.5),  # type: ignore[arg-type]  # on purpose
+        top_k=np.uint8(4),  # type: ignore[arg-type]  # on purpose
+        seed=np.int32(5),  # type: ignore[arg-type]  # on purpose
+        stop_token_ids=np.array([1, 107]),  # type: ignore[arg-type]  # on purpose
+    )
+    expected = GenerationOptions(
+        max_new_tokens=3, temperature=0.5, top_k=4, seed=5, stop_token_ids=(1, 107)
+    )
+    assert repr(options) == repr(expected)
 
 
 @pytest.mark.parametrize(
