@@ -7,7 +7,7 @@ file format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -277,7 +277,7 @@ def _read_header(file: Path) -> dict[str, Any]:
     return dict(header)
 
 
-def _check_contiguous(offsets: Iterable[Sequence[int]]) -> None:
+def _check_contiguous(offsets: Iterable[list[int]]) -> None:
     """Require tensors one after the other, without overlaps and holes, as the format does."""
     end = 0
     for begin, next_end in sorted(offsets):
