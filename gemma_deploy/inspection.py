@@ -167,6 +167,7 @@ def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
     from safetensors import SafetensorError, safe_open
 
     tensors = []
+    path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -174,7 +175,7 @@ def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
                 dtype = _FLOAT_NAMES[part.get_dtype()]
                 elements = math.prod(part.get_shape())
                 tensors.append((name, dtype, elements, elements * DTYPE_BYTES[dtype]))
-    except (SafetensorError, KeyError, OSError) as err:
+    except (SafetensorError, KeyError) as err:
         raise BundleError(
             f"{path} cannot be read as safetensors ({err}): copy the bundle again or export it again"
         ) from err

@@ -26,6 +26,10 @@ Examples:
   gemma-deploy export google/gemma-2b --output gemma-2b --fp16
   gemma-deploy export google/gemma-3-1b-it --revision main --output gemma-3-1b --bf16
 
+A float16 bundle may overflow beyond 65,504 where the checkpoint did not. A run on a CPU does not show
+that it will not on CUDA: ONNX Runtime's CPU multiplies matrices in float32. --bf16 and --fp32 keep
+float32's range.
+
 A hub id needs `pip install "gemma-deploy[hub]"`; HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
 A folder of that name wins over the hub.
 """,

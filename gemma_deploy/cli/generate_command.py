@@ -37,6 +37,9 @@ Examples:
 
 Only the continuation is printed, not the prompt. Ctrl-C stops after the current token, keeps what
 was generated and exits with 130; a second Ctrl-C stops at once.
+
+A float16 bundle that works with --device cpu may still overflow on CUDA: ONNX Runtime's CPU
+multiplies matrices in float32.
 """,
 )
 @click.argument("bundle", type=click.Path(path_type=Path))

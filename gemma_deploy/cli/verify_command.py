@@ -21,6 +21,9 @@ Exits with 1 if a check fails. The tolerance bounds the difference of any logit.
 what rounding explains, as a share of the checkpoint's largest logit: 0.0001 for a bundle that
 computes in float32 on the weights as they were (only the order of sums differs), 0.01 for float16
 (each activation is rounded to 11 bits), 0.05 for weights that were narrowed to bfloat16 (8 bits).
+
+That a float16 bundle passes on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's
+CPU multiplies matrices in float32.
 """,
 )
 @click.argument("bundle", type=click.Path(path_type=Path))

@@ -1,7 +1,9 @@
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +96,18 @@ class TestBundle:
 
         with pytest.raises(BundleError, match=r"cannot be read as safetensors .*export it again"):
             inspect_folder(broken)
+
+    def test_weights_that_may_not_be_read(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = Path.open
+
+        def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if path.name == "weights.safetensors":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return opened(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refuse)
+
+        with pytest.raises(PermissionError, match=r"Permission denied: .*weights\.safetensors"):
+            inspect_folder(bundle)

@@ -54,6 +54,14 @@ class TestHelp:
         assert f"gemma-deploy {name} " in result.stdout or f"gemma-deploy {name}\n" in result.stdout
         assert "Examples:" in result.stdout
 
+    @pytest.mark.parametrize("name", ["export", "generate", "verify"])
+    def test_says_what_a_float16_run_on_a_cpu_does_not_show(
+        self, name: str, invoke: Callable[..., Result]
+    ) -> None:
+        text = " ".join(invoke(name, "--help").stdout.split())
+
+        assert "on CUDA: ONNX Runtime's CPU multiplies matrices in float32" in text
+
     def test_every_option_is_explained(self) -> None:
         for lazy in COMMANDS.values():
             for option in import_module(lazy.module).command.params:
