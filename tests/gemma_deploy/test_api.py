@@ -10,6 +10,8 @@ import pytest
 
 import gemma_deploy
 from gemma_deploy.errors import BackendUnavailableError, OutputExistsError, RequestError
+from gemma_deploy.runtime import text_generator
+from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 
@@ -43,10 +45,24 @@ def test_a_bundle_says_what_its_checkpoint_says(bundle: Path, checkpoint: Path) 
     assert len(set(tokens[0][0])) > 12
 
 
-def test_load_hands_its_options_on(bundle: Path) -> None:
+@pytest.fixture
+def created(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return what sessions are created with from now on."""
+    options: list[dict[str, Any]] = []
+
+    def create(source: Any, **given: Any) -> Any:
+        options.append(given)
+        return create_session(source, **given)
+
+    monkeypatch.setattr(text_generator, "create_session", create)
+    return options
+
+
+def test_load_hands_its_options_on(bundle: Path, created: list[dict[str, Any]]) -> None:
     with gemma_deploy.load(bundle, "onnxruntime", "cpu", max_seq_len=33, threads=1) as generator:
         assert generator.max_seq_len == 33
         assert type(generator.session).__name__ == "OnnxRuntimeSession"
+    assert created == [{"backend": "onnxruntime", "device": "cpu", "threads": 1}]
 
 
 def test_pipeline_takes_a_folder_or_a_loaded_model(bundle: Path) -> None:
