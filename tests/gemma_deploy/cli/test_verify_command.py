@@ -90,6 +90,22 @@ class TestWholeBundle:
         assert result.exit_code == 0
         assert "of 20 positions" in result.stdout
 
+    def test_compares_as_many_positions_as_memory_allows(
+        self,
+        invoke: Callable[..., Result],
+        bundle: Path,
+        bundle_checkpoint: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        limit_bytes = 20 * 512 * 4
+        monkeypatch.setattr("gemma_deploy.cli.verification_rows._MAX_LOGITS_BYTES", limit_bytes)
+
+        result = invoke("verify", bundle, "--checkpoint", bundle_checkpoint, "--tokens", 600)
+
+        assert result.exit_code == 0, result.stdout
+        assert "600 tokens are read, 20 positions of them compared" in result.stdout
+        assert result.stdout.count("of 20 positions") == 3
+
 
 class TestDamage:
     def test_a_tolerance_that_rounding_passes(
