@@ -40,7 +40,7 @@ def _pass(weights: Array, fraction: float) -> tuple[int, float]:
     xp = array_namespace(weights)
     cumulative = xp.cumulative_sum(weights, dtype=xp.float64)
     target = min(fraction, _BELOW_ONE) * float(cumulative[-1])
-    index = int(xp.sum(cumulative <= target, dtype=xp.int64))
+    index = int(xp.sum(xp.astype(cumulative <= target, xp.int64)))
     weight = float(weights[index])
     before = float(cumulative[index]) - weight
     return index, min(max((target - before) / weight, 0.0), _BELOW_ONE)

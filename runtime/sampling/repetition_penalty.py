@@ -28,9 +28,11 @@ class RepetitionPenalty:
             histories: Per row, the token ids [n] of its prompt and of what was generated.
         """
         xp = array_namespace(logits)
-        penalized = xp.asarray(logits, copy=True)
+        # On the host: the standard has no assignment at many indexes.
+        is_seen = np.zeros(logits.shape, np.bool_)
         for row, history in enumerate(histories):
-            seen = xp.asarray(history, device=device(logits))
-            values = xp.take(logits[row, :], seen, axis=0)
-            penalized[row, seen] = xp.where(values < 0, values * self.value, values / self.value)
-        return penalized
+            is_seen[row, history] = True
+        # Above 1 the lesser is the quotient of a positive logit and the product of a negative one.
+        choose = xp.minimum if self.value > 1 else xp.maximum
+        penalized = choose(logits * self.value, logits / self.value)
+        return xp.where(xp.asarray(is_seen, device=device(logits)), penalized, logits)

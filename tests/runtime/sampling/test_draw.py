@@ -1,3 +1,6 @@
+from typing import Any
+
+import array_api_strict
 import numpy as np
 import pytest
 import torch
@@ -30,12 +33,13 @@ def test_never_draws_what_has_no_weight(size: int, uniform: float, seed: int) ->
 
 
 @pytest.mark.parametrize("size", [7, 1024, 5000])
-def test_numpy_and_torch_draw_the_same(size: int) -> None:
+@pytest.mark.parametrize("to_array", [torch.from_numpy, array_api_strict.asarray])
+def test_libraries_draw_the_same(size: int, to_array: Any) -> None:
     generator = np.random.default_rng(size)
     logits = generator.normal(size=size).astype(np.float32)
-    for uniform in generator.random(50):
-        on_torch = draw(Candidates(torch.from_numpy(logits)), uniform)
-        assert draw(Candidates(logits), uniform) == on_torch
+    for uniform in generator.random(50).tolist():
+        on_library = draw(Candidates(to_array(logits)), uniform)
+        assert draw(Candidates(logits), uniform) == on_library
 
 
 def test_extremes_are_the_first_and_last_with_weight() -> None:

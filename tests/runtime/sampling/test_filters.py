@@ -1,6 +1,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import array_api_strict
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,7 +15,11 @@ from transformers.generation.logits_process import (
 from gemma_deploy.runtime.sampling import Temperature, TopK, TopP
 from gemma_deploy.runtime.sampling.candidates import Candidates
 
-LIBRARIES: Mapping[str, Callable[[Any], Any]] = {"numpy": np.asarray, "torch": torch.from_numpy}
+LIBRARIES: Mapping[str, Callable[[Any], Any]] = {
+    "numpy": np.asarray,
+    "torch": torch.from_numpy,
+    "strict": array_api_strict.asarray,  # refuses what the array API standard does not promise
+}
 # Peaked like a trained model's, ordinary, and nearly flat; small and with many blocks.
 SHAPES = [(300, 4.0), (300, 0.1), (20_000, 4.0), (20_000, 1.0), (20_000, 0.01)]
 

@@ -1,5 +1,7 @@
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import array_api_strict
 import numpy as np
 import pytest
 import torch
@@ -20,13 +22,19 @@ from gemma_deploy.runtime.sampling import (
     sampling_method,
 )
 
+LIBRARIES: Mapping[str, Callable[[Any], Any]] = {
+    "numpy": np.asarray,
+    "torch": torch.from_numpy,
+    "strict": array_api_strict.asarray,
+}
+
 
 def random_logits(rows: int, size: int = 3000) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(rows, size)).astype(np.float32) * 2
 
 
-@pytest.mark.parametrize("to_array", [np.asarray, torch.from_numpy])
-def test_top_1_is_greedy(to_array: type) -> None:
+@pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
+def test_top_1_is_greedy(to_array: Any) -> None:
     logits = to_array(random_logits(4))
     uniforms = [0.0, 0.3, 0.6, 0.999]
     greedy = Greedy()(logits, uniforms)
@@ -34,8 +42,8 @@ def test_top_1_is_greedy(to_array: type) -> None:
     assert greedy == random_logits(4).argmax(axis=-1).tolist()
 
 
-@pytest.mark.parametrize("to_array", [np.asarray, torch.from_numpy])
-def test_probabilities_are_those_of_transformers(to_array: type) -> None:
+@pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
+def test_probabilities_are_those_of_transformers(to_array: Any) -> None:
     options = GenerationOptions(temperature=0.6, top_k=80, top_p=0.9)
     method = sampling_method(options)
     assert isinstance(method, Sampled)
@@ -43,7 +51,7 @@ def test_probabilities_are_those_of_transformers(to_array: type) -> None:
     candidates = method.candidates(to_array(logits[0]))
     ids = [candidates.token_id(index) for index in range(len(candidates))]
     actual = np.zeros(3000)
-    actual[ids] = torch.softmax(torch.asarray(candidates.logits).double(), -1)
+    actual[ids] = torch.softmax(torch.asarray(np.asarray(candidates.logits)).double(), -1)
     warpers: Any = LogitsProcessorList(
         [TemperatureLogitsWarper(0.6), TopKLogitsWarper(80), TopPLogitsWarper(0.9)]
     )

@@ -1,3 +1,7 @@
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import array_api_strict
 import numpy as np
 import pytest
 import torch
@@ -5,10 +9,16 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 from gemma_deploy.runtime.sampling import RepetitionPenalty
 
+LIBRARIES: Mapping[str, Callable[[Any], Any]] = {
+    "numpy": np.asarray,
+    "torch": torch.from_numpy,
+    "strict": array_api_strict.asarray,
+}
+
 
 @pytest.mark.parametrize("value", [0.7, 1.3])
-@pytest.mark.parametrize("to_array", [np.asarray, torch.from_numpy])
-def test_is_transformers(to_array: type, value: float) -> None:
+@pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
+def test_is_transformers(to_array: Any, value: float) -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(2, 100)).astype(np.float32)
     histories = generator.integers(0, 100, (2, 30))
