@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -72,22 +73,33 @@ def cli(*, debug: bool) -> None:
 
 def main() -> None:
     """Run the program on this process's arguments; never returns."""
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end a generation half way.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with _quiet_broken_pipe():
+    with _flushed_stdout():
         cli.main(prog_name="gemma-deploy")
 
 
+def _open_missing_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) empty ones."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+
+
 @contextlib.contextmanager
-def _quiet_broken_pipe() -> Iterator[None]:
-    """End silently when the reader of stdout went away, as in `gemma-deploy ... | head`."""
+def _flushed_stdout() -> Iterator[None]:
+    """Write out what stdout holds: silently if its reader went away, as in `... | head`."""
     try:
-        yield
-    finally:
         try:
+            yield
+        finally:
             sys.stdout.flush()
-        except BrokenPipeError:
-            # The interpreter flushes once more on its way out; let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as err:
+        # The interpreter flushes once more on its way out; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(err, BrokenPipeError):
+            click.echo(f"Error: the output cannot be written: {err.strerror}", err=True)
+        sys.exit(1)

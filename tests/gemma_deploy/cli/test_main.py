@@ -184,3 +184,22 @@ def modules_after(arguments: list[str]) -> set[str]:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", ["--help", "doctor --help"])
+def test_a_full_disk_behind_stdout_is_an_error(arguments: str) -> None:
+    command = f'"{sys.executable}" -m gemma_deploy {arguments} > /dev/full'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.endswith(": No space left on device\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_crash(closed: str) -> None:
+    command = f'"{sys.executable}" -m gemma_deploy --help {closed}'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert ("Usage" in result.stdout) == (closed != ">&-")
