@@ -32,7 +32,8 @@ def passing_index(weights: Array, fraction: float) -> int:
         sums = xp.concat([sums, xp.reshape(xp.sum(weights[whole:]), (1,))])
     block, within = _pass(sums, fraction)
     start = block * _BLOCK_TOKENS
-    return start + _pass(weights[start : start + _BLOCK_TOKENS], within)[0]
+    stop = min(start + _BLOCK_TOKENS, weights.shape[0])  # the standard's slices end in bounds
+    return start + _pass(weights[start:stop], within)[0]
 
 
 def _pass(weights: Array, fraction: float) -> tuple[int, float]:
