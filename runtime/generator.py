@@ -52,13 +52,14 @@ class BatchGeneration:
             options: How to choose tokens and when to stop.
             stop_token_ids: Tokens that end a row.
             first_row: Number of the first row among all rows of the call; with the seed it decides
-                the random numbers.
+                the random numbers, and errors name it.
             prefill_chunk: Most tokens of a row in one step, which bounds the activations' memory.
         """
         self._session = session
         self._cache = cache
         self._max_new_tokens = options.max_new_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
+        self._first_row = first_row
         self._prefill_chunk = prefill_chunk
         self._method = sampling_method(options)
         has_penalty = options.repetition_penalty != 1
@@ -166,7 +167,7 @@ class BatchGeneration:
         rows = [self.rows[index] for index in active]
         if len(active) < len(self.rows):
             logits = xp.stack([logits[index, :] for index in active])
-        self._check_finite(logits, rows)
+        self._check_finite(logits, active)
         if self._penalty is not None:
             logits = self._penalty(logits, [row.sequence for row in rows])
         uniforms = [row.random.random() for row in rows]
@@ -180,17 +181,19 @@ class BatchGeneration:
             ):
                 row.finish("length")
 
-    def _check_finite(self, logits: Array, rows: list[Row]) -> None:
+    def _check_finite(self, logits: Array, active: list[int]) -> None:
         xp = self._session.xp
         # NaN passes through both extremes: two passes without a temporary array.
         extremes = xp.stack([xp.min(logits, axis=-1), xp.max(logits, axis=-1)], axis=-1)
         is_finite = xp.all(xp.isfinite(extremes), axis=-1)
         if bool(xp.all(is_finite)):
             return
-        row = rows[[bool(ok) for ok in is_finite].index(False)]
+        index = active[[bool(ok) for ok in is_finite].index(False)]
+        row = self.rows[index]
         raise NonFiniteLogitsError(
-            f"the model put out NaN or infinity for new token {row.num_new_tokens + 1} (after "
-            f"{len(row.sequence)} tokens of sequence): no token can be chosen. A float16 model most "
-            "likely overflowed: export it with --dtype bfloat16 or float32. Otherwise check the "
-            "weights with `gemma-deploy verify`"
+            f"the model put out NaN or infinity for prompt {self._first_row + index}, new token "
+            f"{row.num_new_tokens + 1} (after {len(row.sequence)} tokens of sequence): no token can "
+            "be chosen. A float16 model most likely overflowed: export it with --dtype bfloat16 or "
+            "float32. Otherwise the checkpoint's weights or the input are at fault: check with "
+            "`gemma-deploy verify`"
         )

@@ -131,14 +131,61 @@ def test_a_batch_cancelled_from_outside_stops(scripted_session: Any) -> None:
     assert scripted_session.steps == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_logits_name_the_step_and_the_remedy(
-    scripted_session: Any, value: float
+def spoil(session: Any, step: int, row: int, token_id: int, value: float) -> None:
+    """Make one entry of one step's logits `value`."""
+    run_step = session.step
+
+    def spoiled(*arguments: Any) -> Any:
+        logits = run_step(*arguments)
+        if len(session.steps) == step + 1:
+            logits[row, 0, token_id] = value
+        return logits
+
+    session.step = spoiled
+
+
+# Every way a check of the whole could miss one: which row, which token, which kind.
+NON_FINITE = [float("nan"), float("inf"), float("-inf")]
+PLACES = [(0, 0), (1, 7), (2, VOCAB_SIZE - 1), (3, 3)]
+
+
+@pytest.mark.parametrize("value", NON_FINITE)
+@pytest.mark.parametrize(("row", "token_id"), PLACES)
+@pytest.mark.parametrize("step", [0, 2])
+def test_one_non_finite_logit_names_its_prompt_the_step_and_the_remedy(
+    scripted_session: Any, step: int, row: int, token_id: int, value: float
 ) -> None:
-    scripted_session.logits_at_step = {2: value}
-    message = r"NaN or infinity for new token 3 \(after 6 tokens.*--dtype bfloat16 or float32"
+    spoil(scripted_session, step, row, token_id, value)
+    message = (
+        rf"NaN or infinity for prompt {10 + row}, new token {step + 1} "
+        rf"\(after {len(PROMPTS[row]) + step} tokens.*float16.*--dtype bfloat16 or float32. "
+        "Otherwise the checkpoint's weights or the input are at fault: .*gemma-deploy verify"
+    )
+    batch = start(scripted_session, PROMPTS, first_row=10)
     with pytest.raises(NonFiniteLogitsError, match=message):
-        run(scripted_session, PROMPTS)
+        list(batch.steps())
+    assert texts(batch) == [script(prompt, step) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("value", NON_FINITE)
+@pytest.mark.parametrize(("row", "step"), [(0, 1), (1, 5), (3, 8)])
+def test_a_non_finite_logit_of_a_prompt_s_last_chunk_is_found(
+    scripted_session: Any, row: int, step: int, value: float
+) -> None:
+    # Chunks of two: steps 0 and 1, 2 to 5, 6, 7 and 8 of one row each.
+    spoil(scripted_session, step, 0, 9, value)
+    with pytest.raises(NonFiniteLogitsError, match=f"for prompt {row}, new token 1 "):
+        run(scripted_session, PROMPTS, prefill_chunk=2)
+
+
+def test_a_non_finite_logit_after_a_row_has_ended_names_the_right_prompt(
+    scripted_session: Any,
+) -> None:
+    stop = script(PROMPTS[0], 1)[0]
+    assert stop not in script(PROMPTS[1], 4)
+    spoil(scripted_session, 2, 1, 4, float("inf"))
+    with pytest.raises(NonFiniteLogitsError, match="for prompt 1, new token 3 "):
+        run(scripted_session, PROMPTS[:2], stop_token_ids=[stop])
 
 
 def test_non_finite_logits_of_an_ended_row_do_not_matter(scripted_session: Any) -> None:
