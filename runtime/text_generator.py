@@ -1,23 +1,31 @@
 """Prompts to text with a loaded model: `TextGenerator`."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
-from gemma_deploy.errors import GemmaDeployError, RequestError
-from gemma_deploy.runtime.capacity import cache_capacity, check_max_seq_len, check_token_ids
-from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS, BatchGeneration, never
+from gemma_deploy.errors import RequestError
+from gemma_deploy.runtime.batch_runner import BatchRunner
+from gemma_deploy.runtime.capacity import check_max_seq_len
+from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS, never
+from gemma_deploy.runtime.prompts import (
+    Message,
+    Prompt,
+    chat_prompt,
+    ending_with_the_turn,
+    text_prompt,
+)
 from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.result import GenerationResult
 from gemma_deploy.runtime.rows import Row
 from gemma_deploy.runtime.sessions.registry import create_session
-from gemma_deploy.runtime.sessions.session import KVCache, Session
+from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.streaming import TextStream
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 DEFAULT_BATCH_SIZE = 8
-END_OF_TURN = "<end_of_turn>"
 
 
 class TextGenerator:
@@ -29,7 +37,8 @@ class TextGenerator:
     Attributes:
         session: What runs the steps.
         tokenizer: Text to token ids and back.
-        max_seq_len: Most tokens of prompt and text together.
+        max_seq_len: Most tokens in the KV cache: the prompt's and the text's but the last, which
+            needs no place there.
         generation_config: Contents of the model's generation_config.json.
         eos_token_ids: The tokens that end a text by the model's own account.
     """
@@ -62,11 +71,12 @@ class TextGenerator:
         self.max_seq_len = max_seq_len or source.max_seq_len
         self.generation_config: Mapping[str, Any] = source.generation_config
         self.eos_token_ids = source.eos_token_ids
-        self._limit = source.max_seq_len
-        self._fixed_capacity = max_seq_len
-        self._prefill_chunk = prefill_chunk
-        self._cache: KVCache | None = None
-        self._batch_in_cache: BatchGeneration | None = None
+        self._runner = BatchRunner(
+            session,
+            max_seq_len=max_seq_len,
+            limit=source.max_seq_len,
+            prefill_chunk=prefill_chunk,
+        )
 
     @classmethod
     def open(
@@ -92,7 +102,7 @@ class TextGenerator:
 
     def close(self) -> None:
         """Free the model and its KV cache; the generator cannot be used afterwards."""
-        self._cache = self._batch_in_cache = None
+        self._runner.free()
         self.session.close()
 
     def generate(
@@ -144,24 +154,10 @@ class TextGenerator:
 
         All prompts are checked at once; the model first runs when a result is asked for.
         """
-        if batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         options = _with_overrides(options, overrides)
-        prompt_ids = [self._encode(number, text) for number, text in enumerate(texts)]
-        capacity = self._capacity(prompt_ids, options) if texts else 0
-        starts = range(0, len(texts), batch_size)
-
-        def results() -> Iterator[GenerationResult]:
-            is_interrupted = False
-            for start in starts:
-                batch = slice(start, start + batch_size)
-                rows = self._batch(prompt_ids[batch], options, capacity, first_row=start)
-                is_interrupted |= self._run(rows, _always if is_interrupted else is_cancelled)
-                for text, row in zip(texts[batch], rows.rows, strict=True):
-                    yield self._result(text, row, self._text_of(row))
-
-        return results()
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        encoded = [text_prompt(self.tokenizer, text, n) for n, text in enumerate(texts)]
+        return self._results(encoded, options, batch_size, is_cancelled)
 
     def stream(
         self,
@@ -176,11 +172,11 @@ class TextGenerator:
         The prompt is checked at once; the model first runs when the stream is asked for a piece.
         """
         options = _with_overrides(options, overrides)
-        return self._stream(prompt, self._encode(0, prompt), options, is_cancelled)
+        return self._stream(text_prompt(self.tokenizer, prompt), options, is_cancelled)
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Message],
         options: GenerationOptions | None = None,
         *,
         is_cancelled: Callable[[], bool] = never,
@@ -195,94 +191,74 @@ class TextGenerator:
             **overrides: As for `generate`.
 
         Raises:
-            RequestError: No messages, and as for `generate`.
+            RequestError: No messages, the last is the assistant's, and as for `generate`.
             TokenizerError: Messages that the chat template refuses.
         """
-        if not messages:
-            raise RequestError("the chat has no messages: give at least the user's first")
-        options = _with_overrides(options, overrides)
-        end_of_turn = self.tokenizer.token_to_id(END_OF_TURN)
-        if end_of_turn is not None:
-            stops = (*options.stop_token_ids, end_of_turn)
-            options = dataclasses.replace(options, stop_token_ids=stops)
-        prompt = self.tokenizer.apply_chat_template(messages)
-        return self._stream(prompt, self.tokenizer.encode_chat(messages), options, is_cancelled)
+        options = ending_with_the_turn(_with_overrides(options, overrides), self.tokenizer)
+        return self._stream(chat_prompt(self.tokenizer, messages), options, is_cancelled)
+
+    def answer(
+        self,
+        chats: Sequence[Sequence[Message]],
+        options: GenerationOptions | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        is_cancelled: Callable[[], bool] = never,
+        **overrides: Any,
+    ) -> list[GenerationResult]:
+        """Answer several conversations, each as `chat` does, in batches as `generate` does."""
+        options = ending_with_the_turn(_with_overrides(options, overrides), self.tokenizer)
+        encoded = [chat_prompt(self.tokenizer, messages) for messages in chats]
+        return list(self._results(encoded, options, batch_size, is_cancelled))
+
+    def _results(
+        self,
+        prompts: list[Prompt],
+        options: GenerationOptions,
+        batch_size: int,
+        is_cancelled: Callable[[], bool],
+    ) -> Iterator[GenerationResult]:
+        """Check everything at once; run a batch when its first result is asked for."""
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
+        ids = [prompt.token_ids for prompt in prompts]
+        capacity = self._runner.capacity(ids, options) if prompts else 0
+        stops = self._stop_token_ids(options)
+
+        def results() -> Iterator[GenerationResult]:
+            is_interrupted = False
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                batch = self._runner.start(
+                    ids[part], options, capacity, stop_token_ids=stops, first_row=start
+                )
+                is_interrupted |= self._runner.run(
+                    batch, _always if is_interrupted else is_cancelled
+                )
+                for prompt, row in zip(prompts[part], batch.rows, strict=True):
+                    yield _result(prompt, row, self._text_of(row))
+
+        return results()
 
     def _stream(
-        self,
-        prompt: str,
-        prompt_ids: list[int],
-        options: GenerationOptions,
-        is_cancelled: Callable[[], bool],
+        self, prompt: Prompt, options: GenerationOptions, is_cancelled: Callable[[], bool]
     ) -> TextStream:
-        batch = self._batch([prompt_ids], options, self._capacity([prompt_ids], options))
+        ids = [prompt.token_ids]
+        capacity = self._runner.capacity(ids, options)
+        stops = self._stop_token_ids(options)
+        batch = self._runner.start(ids, options, capacity, stop_token_ids=stops)
         detokenizer = self.tokenizer.stream()
         return TextStream(
             batch.rows[0],
-            self._steps(batch, is_cancelled),
+            self._runner.steps(batch, is_cancelled),
             push=lambda token_id: detokenizer.push(token_id) if self._has_text(token_id) else "",
             finish=detokenizer.finish,
-            to_result=lambda row, text: self._result(prompt, row, text),
+            to_result=partial(_result, prompt),
         )
 
-    def _encode(self, number: int, prompt: str) -> list[int]:
-        if not prompt:
-            raise RequestError(f"prompt {number} is empty: give at least one character")
-        return self.tokenizer.encode(prompt)
-
-    def _capacity(self, prompts: list[list[int]], options: GenerationOptions) -> int:
-        check_token_ids(prompts, self.config.vocab_size)
-        return cache_capacity(
-            prompts, options.max_new_tokens, max_seq_len=self._fixed_capacity, limit=self._limit
-        )
-
-    def _batch(
-        self,
-        prompts: list[list[int]],
-        options: GenerationOptions,
-        capacity: int,
-        first_row: int = 0,
-    ) -> BatchGeneration:
-        if self._batch_in_cache is not None:
-            self._batch_in_cache.cancel()
+    def _stop_token_ids(self, options: GenerationOptions) -> frozenset[int]:
         model_stops = frozenset() if options.ignore_eos else self.eos_token_ids
-        self._batch_in_cache = BatchGeneration(
-            self.session,
-            self._cache_for(len(prompts), capacity),
-            prompts,
-            options,
-            stop_token_ids=model_stops | set(options.stop_token_ids),
-            first_row=first_row,
-            prefill_chunk=self._prefill_chunk,
-        )
-        return self._batch_in_cache
-
-    def _cache_for(self, batch_size: int, capacity: int) -> KVCache:
-        """Return rows of the cache of earlier calls where they suffice, of a new one otherwise."""
-        cache = self._cache
-        if cache is None or cache.batch_size < batch_size or cache.max_seq_len < capacity:
-            self._cache = self._batch_in_cache = None  # freed before its successor is allocated
-            self._cache = cache = self.session.new_cache(batch_size, capacity)
-        return cache.rows(0, batch_size)
-
-    def _run(self, batch: BatchGeneration, is_cancelled: Callable[[], bool]) -> bool:
-        """Run a batch to its end; return whether it was cancelled."""
-        try:
-            for _ in self._steps(batch, is_cancelled):
-                pass
-        except KeyboardInterrupt:
-            batch.cancel()
-        return any(row.finish_reason == "cancelled" for row in batch.rows)
-
-    def _steps(
-        self, batch: BatchGeneration, is_cancelled: Callable[[], bool]
-    ) -> Generator[list[int]]:
-        try:
-            yield from batch.steps(is_cancelled)
-        except GemmaDeployError:
-            # The step may have left NaN in the cache: a masked position's zero weight times NaN is NaN.
-            self._cache = None
-            raise
+        return model_stops | set(options.stop_token_ids)
 
     def _text_of(self, row: Row) -> str:
         # The token that ended the text is no part of it.
@@ -293,15 +269,16 @@ class TextGenerator:
         # Embeddings are often padded with rows that the tokenizer knows nothing of.
         return token_id < self.tokenizer.vocab_size
 
-    def _result(self, prompt: str, row: Row, text: str) -> GenerationResult:
-        return GenerationResult(
-            prompt=prompt,
-            text=text,
-            prompt_token_ids=tuple(row.sequence[: row.prompt_length].tolist()),
-            token_ids=row.new_tokens,
-            finish_reason=row.finish_reason or "cancelled",
-            timings=row.timings(),
-        )
+
+def _result(prompt: Prompt, row: Row, text: str) -> GenerationResult:
+    return GenerationResult(
+        prompt=prompt.text,
+        text=text,
+        prompt_token_ids=tuple(prompt.token_ids),
+        token_ids=row.new_tokens,
+        finish_reason=row.finish_reason or "cancelled",
+        timings=row.timings(),
+    )
 
 
 def _always() -> bool:

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,9 +213,49 @@ def test_a_chat_stops_at_the_end_of_the_turn(text_checkpoint: Any, scripted_sess
     assert "<end_of_turn>" not in stream.result.text
 
 
-def test_a_chat_without_messages_is_refused(generator: TextGenerator) -> None:
-    with pytest.raises(RequestError, match="the chat has no messages"):
-        generator.chat([])
+USER = {"role": "user", "content": "Names"}
+
+
+def test_answers_are_those_of_chat(generator: TextGenerator) -> None:
+    chats = [[USER], [{"role": "user", "content": prompt} for prompt in PROMPTS[:1]]]
+    expected = []
+    for chat in chats:
+        with generator.chat(chat, max_new_tokens=12) as stream:
+            list(stream)
+        expected.append(stream.result)
+    for batch_size in (1, 2):
+        answers = generator.answer(chats, max_new_tokens=12, batch_size=batch_size)
+        for answer, result in zip(answers, expected, strict=True):
+            assert dataclasses.replace(answer, timings=result.timings) == result
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_each_answer_has_random_numbers_of_its_own(
+    generator: TextGenerator, batch_size: int
+) -> None:
+    options = GenerationOptions(max_new_tokens=12, temperature=2.0, seed=1)
+    answers = generator.answer([[USER]] * 3, options, batch_size=batch_size)
+    assert len({answer.token_ids for answer in answers}) == 3
+    with generator.chat([USER], options) as stream:
+        list(stream)
+    assert answers[0].token_ids == stream.result.token_ids
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "the chat has no messages"),
+        ([USER, {"role": "assistant", "content": "refer"}], "ends with the assistant's message"),
+        ([USER, {"role": "model", "content": "refer"}], "ends with the assistant's message"),
+    ],
+)
+def test_a_chat_with_nothing_to_answer_is_refused(
+    generator: TextGenerator, messages: Any, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        generator.chat(messages)
+    with pytest.raises(RequestError, match=message):
+        generator.answer([[USER], messages])
 
 
 @pytest.mark.parametrize(
@@ -293,13 +334,13 @@ def test_the_cache_is_allocated_once(text_checkpoint: Any, scripted_session: Any
 def test_nan_is_an_error_and_leaves_no_trace(text_checkpoint: Any, scripted_session: Any) -> None:
     generator = make_generator(text_checkpoint, scripted_session)
     expected = generator.generate("Names", max_new_tokens=3)[0].token_ids
-    cache = generator._cache
+    cache = generator._runner._cache
     scripted_session.steps.clear()
     scripted_session.logits_at_step = {1: float("nan")}
     stream = generator.stream("Names", max_new_tokens=3)
     with pytest.raises(NonFiniteLogitsError, match="new token 2"):
         list(stream)
-    assert generator._cache is not cache
+    assert generator._runner._cache is not cache
     assert generator.generate("Names", max_new_tokens=3)[0].token_ids == expected
 
 
