@@ -13,16 +13,9 @@ from gemma_deploy.cuda_driver import cuda_device_count
 from gemma_deploy.errors import BackendUnavailableError, SessionError
 from gemma_deploy.runtime.devices import Device
 
-ORT_ERRORS = (
-    ort_errors.EPFail,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
+ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
+    *(x for x in vars(ort_errors).values() if isinstance(x, type) and issubclass(x, Exception)),
 )
 """What ONNX Runtime raises: its exceptions have no common base, and some are plain RuntimeErrors."""
 

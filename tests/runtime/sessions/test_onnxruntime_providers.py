@@ -2,13 +2,17 @@ from typing import Any
 
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import cuda_device_count
 from gemma_deploy.errors import BackendUnavailableError
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions import onnxruntime_providers
-from gemma_deploy.runtime.sessions.onnxruntime_providers import create_inference_session
+from gemma_deploy.runtime.sessions.onnxruntime_providers import (
+    ORT_ERRORS,
+    create_inference_session,
+)
 
 HAS_CUDA_BUILD = "CUDAExecutionProvider" in ort.get_available_providers()
 
@@ -68,3 +72,10 @@ def test_a_provider_that_does_not_start_is_not_taken_for_one(
     with pytest.raises(BackendUnavailableError, match=message + "CUDA 13 and cuDNN 9: pip"):
         create_inference_session(graph, Device(kind="cuda"), 1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_every_error_of_onnx_runtime_is_known() -> None:
+    """Some versions have more of them; a RuntimeError is what it raises besides."""
+    for name in ("Fail", "NoSuchFile", "InvalidProtobuf", "ModelRequiresCompilation"):
+        assert issubclass(getattr(onnxruntime_pybind11_state, name), ORT_ERRORS)
+    assert not issubclass(KeyboardInterrupt, ORT_ERRORS)
