@@ -116,7 +116,9 @@ class BatchGeneration:
         longest = max(row.prompt_length for row in self.rows)
         if longest > self._prefill_chunk:
             return self._prefill_in_chunks(is_cancelled)
-        input_ids = np.zeros((len(self.rows), longest), np.int64)
+        # Padded with the row's own last token: a stranger's key or value may be NaN, and NaN gets
+        # through a mask as zero weight times NaN.
+        input_ids = np.array([[row.last_token] * longest for row in self.rows], np.int64)
         for index, row in enumerate(self.rows):
             input_ids[index, : row.prompt_length] = row.sequence
             row.num_cached = row.prompt_length
@@ -146,13 +148,12 @@ class BatchGeneration:
     def _decode(self) -> Array:
         """Run one token of each row; return the logits [B, V].
 
-        A row that has ended stays in the batch as a first token of nothing, which costs the least.
+        A row that has ended stays in the batch at position 0, which costs the least.
         """
         going_on = [row.finish_reason is None for row in self.rows]
-        tokens = [row.last_token if go else 0 for row, go in zip(self.rows, going_on, strict=True)]
         starts = [row.num_cached if go else 0 for row, go in zip(self.rows, going_on, strict=True)]
         logits = self._session.step(
-            np.array(tokens, np.int64)[:, None],
+            np.array([[row.last_token] for row in self.rows], np.int64),
             np.array(starts, np.int64),
             np.zeros((len(self.rows), 1), np.int64),
             self._cache,

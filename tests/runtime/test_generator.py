@@ -50,6 +50,22 @@ def test_ragged_prompts_run_as_one_batch(scripted_session: Any) -> None:
     assert scripted_session.steps == [(4, 7)] + [(4, 1)] * 9
 
 
+def test_a_row_runs_no_tokens_but_its_own(scripted_session: Any) -> None:
+    run_step = scripted_session.step
+    stop = script(PROMPTS[0], 4)[3]
+
+    def watched(input_ids: Any, *arguments: Any) -> Any:
+        for token_ids, row in zip(input_ids.tolist(), batch.rows, strict=True):
+            # Padding and what an ended row still runs included: it may not be a stranger's.
+            assert set(token_ids) <= set(row.sequence.tolist())
+        return run_step(input_ids, *arguments)
+
+    scripted_session.step = watched
+    batch = start(scripted_session, PROMPTS, stop_token_ids=[stop])
+    list(batch.steps())
+    assert {row.finish_reason for row in batch.rows} == {"stop", "length"}
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 6])
 def test_long_prompts_run_in_chunks_row_by_row(scripted_session: Any, chunk: int) -> None:
     batch = run(scripted_session, PROMPTS, prefill_chunk=chunk)

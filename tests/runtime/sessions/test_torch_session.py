@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from gemma_deploy.errors import BackendUnavailableError, SessionError
+from gemma_deploy.model.transformer import GemmaModel
 from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.generator import BatchGeneration
+from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.sessions.torch_session import TorchSession
 
 NAMES = ["gemma1", "gemma2", "gemma3"]
@@ -49,6 +52,37 @@ def test_rows_of_a_cache_share_its_memory(text_checkpoint: Any, random_tokens: A
         torch.testing.assert_close(key[:, :, :9], other[:, :, :9], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_without_a_finite_embedding_harms_no_prompt_without_it(
+    name: str, text_checkpoint: Any, random_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = TorchSession(text_checkpoint(name), device=Device(kind="cpu"), dtype="float32")
+    tokens = random_tokens(3, 20).tolist()
+    prompts = [row[:length] for row, length in zip(tokens, [3, 20, 11], strict=True)]
+
+    def generate() -> list[tuple[int, ...]]:
+        cache = session.new_cache(3, 32)
+        # One row ends before the others.
+        options = GenerationOptions(max_new_tokens=6)
+        batch = BatchGeneration(session, cache, prompts, options, stop_token_ids=stop_token_ids)
+        list(batch.steps())
+        return [row.new_tokens for row in batch.rows]
+
+    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids = (generate()[1][1],)
+    expected = generate()
+    pad_token_id = 0
+    assert all(pad_token_id not in row for row in expected)
+    embed = GemmaModel.embed
+
+    def poisoned(model: GemmaModel, input_ids: torch.Tensor) -> torch.Tensor:
+        is_pad = (input_ids == pad_token_id)[..., None]
+        return embed(model, input_ids).masked_fill(is_pad, float("nan"))
+
+    monkeypatch.setattr(GemmaModel, "embed", poisoned)
+    assert generate() == expected
+
+
 def test_dtype_and_threads(text_checkpoint: Any) -> None:
     threads = torch.get_num_threads()
     try:
@@ -82,7 +116,7 @@ def test_errors_of_use(text_checkpoint: Any) -> None:
         with pytest.raises(SessionError, match="cache is a object; expected one from this session"):
             session.step(zero, np.zeros(1, np.int64), zero, object())  # type: ignore[arg-type]  # on purpose
         with pytest.raises(SessionError, match="torch failed on cpu"):
-            session.step(zero, np.zeros(3, np.int64), np.zeros((7, 1), np.int64), cache)
+            session.step(zero, np.zeros(1, np.int64), np.full((1, 1), 7), cache)
         with pytest.raises(SessionError, match="cannot allocate a KV cache of 1 rows"):
             session.new_cache(1, 1 << 50)
     with pytest.raises(SessionError, match="the session is closed"):
