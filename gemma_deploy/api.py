@@ -104,6 +104,8 @@ def pipeline(
     *,
     backend: str = "auto",
     device: str = "auto",
+    max_seq_len: int | None = None,
+    threads: int | None = None,
     **defaults: Any,
 ) -> TextGenerationPipeline:
     """Return a pipeline that behaves as transformers' of the same task.
@@ -111,20 +113,23 @@ def pipeline(
     Args:
         task: Only `text-generation`.
         model: A bundle or checkpoint folder, or what `load` returned.
-        backend: As for `load`.
+        backend: As for `load`, like the next three; a loaded model already has its own.
         device: As for `load`.
+        max_seq_len: As for `load`.
+        threads: As for `load`.
         **defaults: Keyword arguments for every call, such as `max_new_tokens`.
 
     Raises:
         RequestError: Another task, no model, or an unknown keyword argument; and as `load`.
     """
-    from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+    from gemma_deploy.runtime.pipeline import TextGenerationPipeline, check_keywords
     from gemma_deploy.runtime.text_generator import TextGenerator
 
     if task != TASK:
         raise RequestError(f"task is {task!r}; gemma-deploy has only {TASK!r}")
     if model is None:
         raise RequestError("model is missing: give the folder of a bundle or of a checkpoint")
-    if isinstance(model, TextGenerator):
-        return TextGenerationPipeline(model, **defaults)
-    return TextGenerationPipeline(load(model, backend=backend, device=device), **defaults)
+    check_keywords(defaults)  # before a large model is loaded
+    if not isinstance(model, TextGenerator):
+        model = load(model, backend, device, max_seq_len, threads)
+    return TextGenerationPipeline(model, **defaults)

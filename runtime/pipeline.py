@@ -1,15 +1,15 @@
 """transformers' text generation pipeline on a `TextGenerator`: `TextGenerationPipeline`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.runtime.prompts import Message
 from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.result import GenerationResult
 from gemma_deploy.runtime.text_generator import DEFAULT_BATCH_SIZE, TextGenerator
 
-Message = Mapping[str, str]
-TextInputs = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]]
+TextInputs = str | Iterable[str] | Iterable[Message] | Iterable[Iterable[Message]]
 
 # transformers' own, for what neither the call nor generation_config.json says.
 _PIPELINE_DEFAULTS: Mapping[str, Any] = {
@@ -18,15 +18,29 @@ _PIPELINE_DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.7,
     "top_k": 50,
 }
+_OFF: Mapping[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 _SAMPLING = ("temperature", "top_k", "top_p")
 _FROM_GENERATION_CONFIG = ("max_new_tokens", "do_sample", *_SAMPLING, "repetition_penalty")
-_CALL_ONLY = ("batch_size", "eos_token_id", "num_return_sequences", "return_full_text", "seed")
+_CALL_ONLY = (
+    "batch_size",
+    "eos_token_id",
+    "num_return_sequences",
+    "pad_token_id",
+    "return_full_text",
+    "seed",
+)
 
 
 class TextGenerationPipeline:
     """Called with text, gives transformers' `[{"generated_text": ...}]`.
 
     https://huggingface.co/docs/transformers/main_classes/pipelines#transformers.TextGenerationPipeline
+
+    What transformers' has and this one has not: keyword arguments that are not named below (beam
+    search, `max_length`, `stop_strings`, `return_tensors`, a `GenerationConfig`, ...) are refused
+    instead of passed on; a chat that ends with the assistant's message is refused instead of
+    continued; an iterator of inputs gives a list once all are done, not an iterator. `seed` is an
+    addition, where transformers has a global one, and random texts are other ones than its.
 
     Args:
         generator: The loaded model; the pipeline closes it.
@@ -39,9 +53,9 @@ class TextGenerationPipeline:
     task = "text-generation"
 
     def __init__(self, generator: TextGenerator, **defaults: Any) -> None:
-        _check_known(defaults)
+        check_keywords(defaults)
         self.generator = generator
-        self._defaults = defaults
+        self._defaults = _without_nones(defaults)
 
     def __enter__(self) -> Self:
         return self
@@ -54,13 +68,15 @@ class TextGenerationPipeline:
 
         Args:
             text_inputs: A text, a list of texts, a chat (list of messages with `role` and `content`),
-                or a list of chats.
+                or a list of chats; any iterable is as good as a list.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
                 `repetition_penalty` as in transformers (generation_config.json, then transformers'
                 pipeline defaults, stand in for what is not given); `return_full_text` (True: the
                 prompt precedes the text; for a chat, the messages precede the answer),
                 `num_return_sequences`, `batch_size`, `eos_token_id` (one or a list, instead of the
-                model's own), `seed`.
+                model's own), `pad_token_id` (no text depends on it), `seed`. None switches
+                `temperature`, `top_k`, `top_p` or `repetition_penalty` off, as 0 does `top_k`; of
+                the others it means not given.
 
         Returns:
             For one text or chat a list of `num_return_sequences` dicts with `generated_text`: a str,
@@ -70,8 +86,8 @@ class TextGenerationPipeline:
         Raises:
             RequestError: An unknown keyword argument, or as `TextGenerator.generate`.
         """
-        _check_known(kwargs)
-        settings = {**self._defaults, **kwargs}
+        check_keywords(kwargs)
+        settings = {**self._defaults, **_without_nones(kwargs)}
         count = settings.get("num_return_sequences", 1)
         options = self._options(settings)
         if count < 1 or (count > 1 and options.is_greedy):
@@ -79,8 +95,9 @@ class TextGenerationPipeline:
                 f"num_return_sequences is {count}; it must be at least 1, and 1 with greedy decoding, "
                 "which has only one outcome: set do_sample=True"
             )
-        is_batch = not isinstance(text_inputs, str) and not _is_chat(text_inputs)
-        inputs: list[Any] = list(text_inputs) if is_batch else [text_inputs]
+        given = _as_lists(text_inputs)
+        is_batch = isinstance(given, list) and not _is_chat(given)
+        inputs: list[Any] = given if is_batch else [given]
         results = self._generate(
             [one for one in inputs for _ in range(count)],
             options,
@@ -101,24 +118,19 @@ class TextGenerationPipeline:
     ) -> list[GenerationResult]:
         if all(isinstance(one, str) for one in inputs):
             return self.generator.generate(inputs, options, batch_size=batch_size)
-        results = []
-        for chat in inputs:
-            if isinstance(chat, str) or not _is_chat(chat):
-                raise RequestError(
-                    "text_inputs mixes texts and chats, or holds neither; expected a text, a list of "
-                    "texts, a list of messages with role and content, or a list of such lists"
-                )
-            with self.generator.chat(chat, options) as stream:
-                for _ in stream:
-                    pass
-            results.append(stream.result)
-        return results
+        if all(_is_chat(one) for one in inputs):
+            return self.generator.answer(inputs, options, batch_size=batch_size)
+        raise RequestError(
+            "text_inputs mixes texts and chats, or holds neither; expected a text, a list of texts, "
+            "a list of messages with role and content, or a list of such lists"
+        )
 
     def _options(self, settings: Mapping[str, Any]) -> GenerationOptions:
         file = self.generator.generation_config
         stated = {key: file[key] for key in _FROM_GENERATION_CONFIG if file.get(key) is not None}
         values = {**_PIPELINE_DEFAULTS, **stated, **settings}
         sampling = {key: values[key] for key in _SAMPLING if key in values}
+        sampling["top_k"] = sampling["top_k"] or None
         if not values["do_sample"]:
             sampling = {"temperature": 0.0}
         elif sampling["temperature"] == 0:
@@ -136,7 +148,12 @@ class TextGenerationPipeline:
         )
 
 
-def _check_known(kwargs: Mapping[str, Any]) -> None:
+def check_keywords(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what neither the pipeline nor its calls know.
+
+    Raises:
+        RequestError: Naming the unknown keyword arguments and the known ones.
+    """
     known = {*_FROM_GENERATION_CONFIG, *_CALL_ONLY}
     if unknown := kwargs.keys() - known:
         raise RequestError(
@@ -145,8 +162,22 @@ def _check_known(kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def _without_nones(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with what None stands for, or without them."""
+    off = {key: _OFF[key] for key, value in settings.items() if value is None and key in _OFF}
+    return {key: value for key, value in settings.items() if value is not None} | off
+
+
+def _as_lists(text_inputs: Any) -> Any:
+    """Return the inputs with every iterable that can be read only once made a list."""
+    if isinstance(text_inputs, str | Mapping):
+        return text_inputs
+    return [one if isinstance(one, str | Mapping) else list(one) for one in text_inputs]
+
+
 def _is_chat(one: Any) -> bool:
-    return bool(one) and all(isinstance(message, Mapping) for message in one)
+    is_list = isinstance(one, list) and bool(one)
+    return is_list and all(isinstance(message, Mapping) for message in one)
 
 
 def _generated(one: Any, result: GenerationResult, *, is_full: bool) -> Any:

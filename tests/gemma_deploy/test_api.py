@@ -73,6 +73,21 @@ def test_pipeline_takes_a_folder_or_a_loaded_model(bundle: Path) -> None:
         assert from_folder("one", **options) == from_generator("one", **options)
 
 
+def test_pipeline_hands_its_options_on(bundle: Path, created: list[dict[str, Any]]) -> None:
+    options: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu", "threads": 1}
+    with gemma_deploy.pipeline(model=bundle, max_seq_len=33, top_k=3, **options) as pipeline:
+        assert pipeline.generator.max_seq_len == 33
+    assert created == [options]
+
+
+def test_pipeline_refuses_a_keyword_before_it_loads(
+    bundle: Path, created: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(RequestError, match="unknown keyword argument typo"):
+        gemma_deploy.pipeline(model=bundle, typo=1)
+    assert created == []
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from gemma_deploy.errors import RequestError
-from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+from gemma_deploy.runtime.pipeline import TextGenerationPipeline, _without_nones
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.text_generator import TextGenerator
 
@@ -62,8 +62,36 @@ def test_several_sequences_of_one_text(pipeline: Any) -> None:
     assert pipeline(TEXTS, num_return_sequences=3, **options)[0] == sequences
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_several_answers_to_one_chat(pipeline: Any, batch_size: int) -> None:
+    options = {"max_new_tokens": 12, "do_sample": True, "seed": 1, "temperature": 2.0}
+    answers = pipeline(CHAT, num_return_sequences=3, batch_size=batch_size, **options)
+    assert len({answer["generated_text"][-1]["content"] for answer in answers}) == 3
+    first, second = pipeline([CHAT, CHAT], batch_size=batch_size, **options)
+    assert [first, second] == [answers[:1], answers[1:2]]
+
+
+def test_chats_run_in_batches(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = pipeline.generator.session.step
+
+    def counted(input_ids: Any, *arguments: Any) -> Any:
+        sizes.append(len(input_ids))
+        return step(input_ids, *arguments)
+
+    monkeypatch.setattr(pipeline.generator.session, "step", counted)
+    pipeline([CHAT] * 3, max_new_tokens=2, do_sample=False, batch_size=2)
+    assert sizes == [2, 2, 1, 1]
+
+
+def test_an_iterator_is_as_good_as_a_list(pipeline: Any) -> None:
+    assert pipeline(iter(TEXTS), **OPTIONS) == pipeline(TEXTS, **OPTIONS)
+    assert pipeline(iter(CHAT), **OPTIONS) == pipeline(CHAT, **OPTIONS)
+    assert pipeline((iter(CHAT) for _ in range(2)), **OPTIONS) == pipeline([CHAT] * 2, **OPTIONS)
+
+
 def options_of(pipeline: TextGenerationPipeline, **settings: Any) -> Any:
-    return pipeline._options(settings)
+    return pipeline._options(_without_nones(settings))
 
 
 def test_defaults_are_transformers_pipelines(pipeline: Any) -> None:
@@ -82,6 +110,28 @@ def test_generation_config_stands_in_for_what_is_not_given(
     assert (options.top_k, options.top_p, options.temperature) == (5, 0.95, 0.7)
     greedy = options_of(pipeline, do_sample=False)
     assert greedy.is_greedy
+
+
+def test_sampling_is_switched_off_as_in_transformers(pipeline: Any) -> None:
+    assert options_of(pipeline, top_k=0).top_k is None
+    nones = dict.fromkeys(("temperature", "top_k", "top_p", "repetition_penalty"))
+    options = options_of(pipeline, **nones)
+    assert not options.is_greedy
+    assert (options.temperature, options.top_k, options.top_p) == (1.0, None, 1.0)
+    assert options.repetition_penalty == 1.0
+
+
+def test_none_is_not_given(pipeline: Any) -> None:
+    names = ("max_new_tokens", "return_full_text", "num_return_sequences", "batch_size", "seed")
+    given = {**dict.fromkeys(names), "eos_token_id": None, "do_sample": False}
+    assert options_of(pipeline, **given) == options_of(pipeline, do_sample=False)
+    short = TextGenerationPipeline(pipeline.generator, max_new_tokens=3, do_sample=False)
+    assert short(TEXTS[0], **dict.fromkeys(names)) == short(TEXTS[0])
+
+
+def test_padding_is_no_matter(pipeline: Any, expected: Any) -> None:
+    given = {**OPTIONS, "pad_token_id": 3}
+    assert pipeline(TEXTS, **given) == expected(TEXTS, **given)
 
 
 def test_eos_token_id_replaces_the_models(pipeline: Any) -> None:
@@ -113,6 +163,8 @@ def test_keywords_of_the_pipeline_are_defaults_of_its_calls(pipeline: Any) -> No
         ("x", {"num_return_sequences": 2, "do_sample": False}, "set do_sample=True"),
         ("x", {"temperature": 0.0}, "temperature is 0 with do_sample=True"),
         (["x", CHAT], {}, "text_inputs mixes texts and chats"),
+        (CHAT[0], {}, "text_inputs mixes texts and chats, or holds neither"),
+        ([*CHAT, {"role": "assistant", "content": "x"}], {}, "the chat ends with the assistant's"),
         ([[]], {}, "text_inputs mixes texts and chats, or holds neither"),
     ],
 )
