@@ -191,6 +191,10 @@ def _train_tokenizer() -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 2)]
     )
+    # Of the trainer's special tokens the bytes are ordinary vocabulary, as in Gemma's file.
+    file = json.loads(tokenizer.to_str())
+    file["added_tokens"] = [one for one in file["added_tokens"] if one["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(file))
     # Text is too short for all merges; the rest of the vocabulary are words of their own.
     tokenizer.add_tokens([f"▁w{i}" for i in range(VOCAB_SIZE - tokenizer.get_vocab_size())])
     return tokenizer
