@@ -89,7 +89,13 @@ class OnnxRuntimeSession:
         self.close()
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> CacheBuffers:
-        """Allocate a cache on the session's device; see `Session.new_cache`."""
+        """Allocate a cache on the session's device; see `Session.new_cache`.
+
+        The session lets go of the cache of its last step, so that one nobody else holds is freed.
+        """
+        for graph in (self._prefill, self._decode):
+            if graph is not None:
+                graph.unbind()
         return CacheBuffers.allocate(
             self._spec.cache_inputs, batch_size, max_seq_len, self._allocate
         )
@@ -208,6 +214,16 @@ class _Graph:
                 f"{input_ids.shape[1]} tokens: {err}"
             ) from err
         return self._logits
+
+    def unbind(self) -> None:
+        """Let go of the cache of the last step."""
+        if self._bound_cache is None:
+            return
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._bound_cache = None
+        # The logits were bound as well.
+        self._logits = np.empty((0, 0, 0), np.float32)
 
     def close(self) -> None:
         """Let go of the session and of everything bound to it."""
