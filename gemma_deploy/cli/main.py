@@ -3,11 +3,12 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NoReturn
 
 import click
 
@@ -74,6 +75,7 @@ def cli(*, debug: bool) -> None:
 def main() -> None:
     """Run the program on this process's arguments; never returns."""
     _open_missing_streams()
+    _unwind_on_termination()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end a generation half way.
         if isinstance(stream, io.TextIOWrapper):
@@ -87,6 +89,18 @@ def _open_missing_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+
+
+def _unwind_on_termination() -> None:
+    """Let SIGTERM and SIGHUP unwind the stack, so that an export takes its partial folder along."""
+
+    def unwind(number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, unwind)
 
 
 @contextlib.contextmanager

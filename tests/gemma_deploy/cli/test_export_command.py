@@ -128,6 +128,22 @@ class TestExport:
         assert stderr.endswith(b"Interrupted.\n")
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_termination_leaves_nothing_behind(
+        self,
+        start: Callable[..., "subprocess.Popen[bytes]"],
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+        number: signal.Signals,
+    ) -> None:
+        with start("export", bundle_checkpoint, "-o", "out") as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+            process.send_signal(number)
+
+        assert process.returncode == 128 + number
+        assert not list(tmp_path.iterdir())
+
     def test_a_folder_has_no_revisions(
         self, invoke: Callable[..., Result], bundle_checkpoint: Path, tmp_path: Path
     ) -> None:
