@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import array_api_strict
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -247,6 +248,25 @@ def test_a_row_does_not_depend_on_its_neighbours(
     for number, prompt in enumerate(prompts):
         alone = run(scripted_session, [prompt], first_row=number, **arguments)
         assert texts(alone) == [together[number]]
+
+
+@pytest.mark.parametrize("chunk", [3, 12])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 3.0, "top_p": 0.9}, {"top_k": 4, "repetition_penalty": 2.0}]
+)
+def test_the_loop_needs_nothing_beyond_the_array_api_standard(
+    scripted_session: Any, sampling: dict[str, Any], chunk: int
+) -> None:
+    arguments: dict[str, Any] = {
+        "options": {"max_new_tokens": 8, "seed": 5, **sampling},
+        "stop_token_ids": [7],
+        "prefill_chunk": chunk,
+    }
+    expected = texts(run(scripted_session, PROMPTS, **arguments))
+    run_step = scripted_session.step
+    scripted_session.xp = array_api_strict
+    scripted_session.step = lambda *step: array_api_strict.asarray(run_step(*step))
+    assert texts(run(scripted_session, PROMPTS, **arguments)) == expected
 
 
 def test_timings_are_of_the_row(scripted_session: Any) -> None:
