@@ -100,6 +100,8 @@ class BatchGeneration:
 
     def _steps(self, is_cancelled: Callable[[], bool]) -> Iterator[list[int]]:
         run: Callable[[], Array | None] = partial(self._prefill, is_cancelled)
+        for row in self.rows:
+            row.start()
         while (active := self._active()) and not is_cancelled():
             logits = run()
             if logits is None:

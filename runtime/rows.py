@@ -21,7 +21,7 @@ class Row:
     """
 
     def __init__(self, prompt: Sequence[int], capacity: int, random: np.random.Generator) -> None:
-        """Start a row.
+        """Prepare a row; its time begins with `start`.
 
         Args:
             prompt: Token ids.
@@ -35,9 +35,9 @@ class Row:
         self._sequence = np.empty(max(capacity, len(prompt)), np.int64)
         self._sequence[: len(prompt)] = prompt
         self._length = len(prompt)
-        self._started_s = time.perf_counter()
+        self._started_s = 0.0
         self._first_token_s: float | None = None
-        self._ended_s = self._started_s
+        self._last_token_s: float | None = None
 
     @property
     def sequence(self) -> Int64Array:
@@ -59,26 +59,31 @@ class Row:
         """The sequence's last token."""
         return int(self._sequence[self._length - 1])
 
+    def start(self) -> None:
+        """Note that the row's first step begins."""
+        self._started_s = time.perf_counter()
+
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self._sequence[self._length] = token_id
         self._length += 1
-        self._ended_s = time.perf_counter()
+        self._last_token_s = time.perf_counter()
         if self._first_token_s is None:
-            self._first_token_s = self._ended_s
+            self._first_token_s = self._last_token_s
 
     def finish(self, reason: FinishReason) -> None:
         """End the row, unless it has ended."""
         if self.finish_reason is None:
             self.finish_reason = reason
-            self._ended_s = time.perf_counter()
 
     def timings(self) -> Timings:
-        """Return how long the row took so far."""
-        first = self._first_token_s
+        """Return how long the row took to its last token: what came after it was waiting."""
         return Timings(
             prompt_tokens=self.prompt_length,
             new_tokens=self.num_new_tokens,
-            ttft_s=None if first is None else first - self._started_s,
-            total_s=self._ended_s - self._started_s,
+            ttft_s=self._since_start(self._first_token_s),
+            total_s=self._since_start(self._last_token_s) or 0.0,
         )
+
+    def _since_start(self, time_s: float | None) -> float | None:
+        return None if time_s is None else time_s - self._started_s

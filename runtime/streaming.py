@@ -12,7 +12,8 @@ class TextStream(Iterator[str]):
     """Iterates over pieces of text as soon as their tokens are there; never an empty piece.
 
     The pieces joined are `result.text`. Closing the stream, or leaving a `with` block around it,
-    cancels what is left, and so does Ctrl-C during a step; `result` then holds what there was.
+    cancels what is left, and so does Ctrl-C during a step; `result` then holds what there was, as it
+    does after an error.
 
     Args:
         row: What the steps extend.
@@ -71,15 +72,17 @@ class TextStream(Iterator[str]):
     def _run(
         self, steps: Iterator[object], push: Callable[[int], str], finish: Callable[[], str]
     ) -> Generator[str]:
-        for _ in steps:
-            # The token that ended the text is no part of it.
-            if self._row.finish_reason != "stop" and (piece := push(self._row.last_token)):
-                self._text.append(piece)
-                yield piece
-        if rest := finish():
-            self._text.append(rest)
-            yield rest
-        self._end()
+        try:
+            for _ in steps:
+                # The token that ended the text is no part of it.
+                if self._row.finish_reason != "stop" and (piece := push(self._row.last_token)):
+                    self._text.append(piece)
+                    yield piece
+            if rest := finish():
+                self._text.append(rest)
+                yield rest
+        finally:
+            self._end()
 
     def _end(self) -> None:
         self._row.finish("cancelled")
