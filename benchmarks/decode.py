@@ -4,8 +4,7 @@ Everything but `Session.step` counts as the loop: choosing tokens, stopping, tur
 The goal is under 5 % of a step at the shape of Gemma 3 270M (V 256,000; a step is about 25 ms in
 float32 on two cores). Prompts are random tokens and ends of text are ignored. Random weights give
 nearly equal probabilities, where top-p without top-k sorts the whole vocabulary; peaked ones cost a
-tenth of that.
-The last line of stdout is one JSON object.
+tenth of that. The last line of stdout is one JSON object.
 """
 
 import argparse

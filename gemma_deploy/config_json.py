@@ -75,8 +75,8 @@ def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
     raw = _text_config(raw)
     if raw.get("model_type") not in get_args(ModelType):
         raise ConfigError(
-            f"model_type is {raw.get('model_type')!r}; gemma-deploy exports gemma, gemma2, gemma3_text, and the "
-            "text part of gemma3. Other families need another tool"
+            f"model_type is {raw.get('model_type')!r}; gemma-deploy knows gemma, gemma2, gemma3_text, "
+            "and the text part of gemma3. Other families need another tool"
         )
     if raw.get("quantization_config"):
         raise ConfigError(

@@ -49,8 +49,8 @@ def explain_os_error(err: OSError) -> str:
 class LazyGroup(click.Group):
     """A group of verbs in a table of names, imported when asked for.
 
-    It is also where errors raised on purpose, and the operating system's, turn into messages: everything below it runs inside
-    `invoke`, whether a process or a test runner started it.
+    It is also where errors raised on purpose, and the operating system's, turn into messages:
+    everything below it runs inside `invoke`, whether a process or a test runner started it.
     """
 
     def __init__(self, *args: Any, lazy_commands: Mapping[str, LazyCommand], **kwargs: Any) -> None:

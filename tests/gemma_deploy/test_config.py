@@ -265,7 +265,7 @@ def test_to_dict_is_read_back_unchanged(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, r"model_type is 'llama'; gemma-deploy exports gemma, gemma2"),
+        ({"model_type": "llama"}, r"model_type is 'llama'; gemma-deploy knows gemma, gemma2"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": "gemma3"}, "text_config is missing"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
