@@ -47,8 +47,8 @@ wheel: setup
 	rm -rf build/wheel build/lib
 	$(BIN)/python -m build --quiet --wheel --outdir build/wheel
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheel/*.whl
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt click rich
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheel/*.whl
 	build/wheel/venv/bin/gemma-deploy --help > /dev/null
 	@echo "the wheel installs and answers"
 
