@@ -15,7 +15,7 @@ from gemma_deploy.bundle import (
     Manifest,
     record_file,
 )
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.errors import BundleError, ConfigError, ExportError, OutputExistsError
 from gemma_deploy.exporters.onnx_graphs import write_graph
@@ -38,7 +38,6 @@ _PRODUCERS = (
     "onnxruntime-gpu",
     "onnxruntime",
 )
-_STORED_AS: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HEAD_DIM_MULTIPLE = 8
 # Graphs, tokenizer and manifest together; a 262k-entry tokenizer.json has 33 MB.
 _SMALL_FILES_BYTES = 64 << 20
@@ -135,7 +134,7 @@ def _own_dtype(source: Checkpoint) -> DType:
     sizes: dict[str, int] = {}
     for info in source.tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size_bytes
-    return _STORED_AS[max(sizes, key=lambda name: sizes[name])]
+    return DTYPE_NAMES[max(sizes, key=lambda name: sizes[name])]
 
 
 def _require_space(folder: Path, weights_bytes: int, output: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_deploy.bundle import FileRecord
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.errors import CheckpointError, ExportError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
 
@@ -23,11 +23,8 @@ from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
 _DATA_ALIGNMENT_BYTES = 4096
 # Several copies of a block live at once (as read, checked, cast); larger ones are not faster.
 _BLOCK_BYTES = 16 << 20
-_SAFETENSORS_NAMES: dict[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 _TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -163,7 +160,7 @@ def _blocks(checkpoint: Checkpoint, plan: Sequence[StoredTensor]) -> Iterator[me
         for start, stop in checkpoint.row_blocks(tensor.source, _BLOCK_BYTES):
             raw = bytearray((stop - start) * info.row_bytes)
             checkpoint.read_rows(tensor.source, start, stop, memoryview(raw))
-            block = torch.frombuffer(raw, dtype=_TORCH_DTYPES[info.dtype])
+            block = torch.frombuffer(raw, dtype=_TORCH_DTYPES[DTYPE_NAMES[info.dtype]])
             yield _bytes_of(_transformed(block, tensor))
 
 

@@ -15,12 +15,18 @@ from typing import Any, Final
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.graph_spec import DType
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 HEAD_WEIGHT: Final = "lm_head.weight"
 EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
 DTYPE_BYTES: Final[Mapping[str, int]] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
+DTYPE_NAMES: Final[Mapping[str, DType]] = MappingProxyType(
+    {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+)
+"""The float dtypes of checkpoints: what safetensors calls them, and what everything else does."""
+
 ROW_BLOCK_BYTES: Final = 64 * 1024 * 1024
 
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")

@@ -10,12 +10,10 @@ from typing import Any, Literal
 
 from gemma_deploy import memory
 from gemma_deploy.bundle import MANIFEST_FILE, Bundle, Manifest
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
-
-_FLOAT_NAMES: Mapping[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +143,7 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     tensors = checkpoint.tensors.values()
-    by_dtype = _bytes_by_dtype([(_FLOAT_NAMES[t.dtype], t.size_bytes) for t in tensors])
+    by_dtype = _bytes_by_dtype([(DTYPE_NAMES[t.dtype], t.size_bytes) for t in tensors])
     own_dtype = next(iter(by_dtype))
     paths = sorted(path for path in checkpoint.folder.iterdir() if path.is_file())
     return Inspection(
@@ -172,7 +170,7 @@ def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
-                dtype = _FLOAT_NAMES[part.get_dtype()]
+                dtype = DTYPE_NAMES[part.get_dtype()]
                 elements = math.prod(part.get_shape())
                 tensors.append((name, dtype, elements, elements * DTYPE_BYTES[dtype]))
     except (SafetensorError, KeyError) as err:

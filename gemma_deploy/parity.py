@@ -1,18 +1,17 @@
 """Two sources of logits compared: how far a bundle is from the model it was made of."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.graph_spec import DType, Precision
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.graph_spec import Precision
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-_STORED_AS: Mapping[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Rows of logits whose probabilities are computed at a time: 16 x 262144 x 8 bytes is 34 MB.
 _BLOCK_ROWS = 16
 
@@ -198,7 +197,7 @@ def default_tolerance(
         checkpoint: What it was made of.
         reference: Logits of the checkpoint.
     """
-    stored = {_STORED_AS[tensor.dtype] for tensor in checkpoint.tensors.values()}
+    stored = {DTYPE_NAMES[tensor.dtype] for tensor in checkpoint.tensors.values()}
     is_exact = precision.weights == "float32" or stored == {precision.weights}
     share = 1e-2 if precision.activations == "float16" else 1e-4 if is_exact else 5e-2
     return share * max(float(np.abs(logits).max()) for logits in reference)
