@@ -12,6 +12,8 @@
     ├── BundleError             the bundle folder: missing or changed files, a broken manifest
     │   ├── BundleVersionError  written by a newer gemma-deploy
     │   └── UnsafePathError     a path that leaves the bundle
+    ├── EngineError             an engine folder: missing or changed files, another GPU or library
+    ├── EngineBuildError        bundle -> engine
     └── SessionError            running a model
         ├── BackendUnavailableError   a dependency or device that is not here
         └── NonFiniteLogitsError      the model put out NaN or infinity
@@ -73,6 +75,14 @@ class BundleVersionError(BundleError):
 
 class UnsafePathError(BundleError):
     """A path, in a manifest or a graph, that leaves the bundle folder."""
+
+
+class EngineError(GemmaDeployError):
+    """An engine that is damaged, or that this GPU or library cannot load."""
+
+
+class EngineBuildError(GemmaDeployError):
+    """A bundle that could not be turned into an engine."""
 
 
 class SessionError(GemmaDeployError):
