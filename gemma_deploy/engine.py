@@ -21,7 +21,7 @@ from gemma_deploy.graph_spec import (
     graph_spec,
 )
 from gemma_deploy.safe_paths import safe_path
-from gemma_deploy.tensorrt.library import FLAVOURS, Flavour
+from gemma_deploy.tensorrt.library import Flavour
 
 ENGINE_FILE = "engine.json"
 ENGINES_FOLDER = "engines"
@@ -63,8 +63,7 @@ class EngineBuild:
     Attributes:
         flavour: The library.
         library_version: Its version; no other version loads the plans.
-        targets: Compute capabilities such as `8.9`, ascending: the GPUs the plans run on. Empty for
-            whatever GPU the build ran on.
+        targets: Compute capabilities such as `8.9`, ascending: the GPUs the plans run on.
         layout: `one-engine` with a profile for each phase, or `two-engines` with the weights in both.
         attention: As asked for: `native` kernels, the `plugin`, or `auto`.
         plugin_version: Of the attention plugin; None if no layer uses it.
@@ -88,8 +87,35 @@ class EngineBuild:
         """Return the name of the engine's folder: readable, and another for any other build."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
-        targets = "+".join(f"sm{target.replace('.', '')}" for target in self.targets) or "this-gpu"
+        targets = "+".join(f"sm{target.replace('.', '')}" for target in self.targets)
         return f"{self.flavour}-{self.library_version}-{targets}-{digest}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the build as JSON holds it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "EngineBuild":
+        """Read what `to_dict` gave.
+
+        Raises:
+            LookupError: Something is missing.
+            TypeError: Something is of another type, or should not be there.
+            ValueError: A value that is none of those possible.
+        """
+        build = cls(**dict(raw))
+        for value, names in (
+            (build.flavour, Flavour),
+            (build.layout, Layout),
+            (build.attention, Attention),
+        ):
+            _one_of(value, names)
+        return dataclasses.replace(
+            build,
+            targets=tuple(map(str, raw["targets"])),
+            limits=EngineLimits(**raw["limits"]),
+            graphs={phase: str(raw["graphs"][phase]) for phase in PHASES},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +158,13 @@ class EngineManifest:
     versions: Mapping[str, str]
 
     def spec(self, phase: Phase) -> GraphSpec:
-        """Return what the engine of a phase takes and gives, its cache of a fixed length."""
-        return engine_spec(self.model, phase, self.cache_dtype, self.build.limits)
+        """Return what the plan of a phase takes and gives, its cache of a fixed length.
+
+        In layout `one-engine` both phases run the prefill graph: a decode step has S = L = 1 there and
+        takes `logits_index` too.
+        """
+        graph: Phase = "prefill" if self.build.layout == "one-engine" else phase
+        return engine_spec(self.model, graph, self.cache_dtype, self.build.limits)
 
     def to_json(self) -> str:
         """Return the text of `engine.json`."""
@@ -258,8 +289,9 @@ def build_command(bundle: Path, build: EngineBuild) -> str:
         f"--prefill-chunk {limits.max_step_tokens}",
         f"--max-logits {limits.max_logits}",
         f"--top-logits {limits.num_candidates}",
-        *(f"--compute-capability {target}" for target in build.targets),
     ]
+    if build.flavour == "tensorrt-rtx":  # the other one builds for the GPU at hand only
+        options += [f"--compute-capability {target}" for target in build.targets]
     if build.layout != "one-engine":
         options.append(f"--layout {build.layout}")
     if build.attention != "auto":
@@ -287,13 +319,10 @@ def _parse(raw: Mapping[str, Any]) -> EngineManifest:
             "upgrade with `pip install --upgrade gemma-deploy`"
         )
     try:
-        build = dict(raw["build"])
-        build["targets"] = tuple(map(str, build["targets"]))
-        build["limits"] = EngineLimits(**build["limits"])
         manifest = EngineManifest(
             model=GemmaConfig.from_dict(raw["model"]),
-            cache_dtype=_one_of(raw["cache_dtype"], DType),
-            build=EngineBuild(**build),
+            cache_dtype=cast(DType, _one_of(raw["cache_dtype"], DType)),
+            build=EngineBuild.from_dict(raw["build"]),
             plans={phase: Plan(**raw["plans"][phase]) for phase in PHASES},
             tokenizer=tuple(map(str, raw["tokenizer"])),
             generation=None if raw["generation"] is None else str(raw["generation"]),
@@ -305,15 +334,10 @@ def _parse(raw: Mapping[str, Any]) -> EngineManifest:
         raise EngineError(
             f"{ENGINE_FILE} is damaged ({type(err).__name__}: {err}): build the engine again"
         ) from err
-    if manifest.build.flavour not in FLAVOURS:
-        raise EngineError(
-            f"{ENGINE_FILE} names the flavour {manifest.build.flavour!r}, expected "
-            f"{' or '.join(FLAVOURS)}: build the engine again"
-        )
     return manifest
 
 
-def _one_of(value: object, names: Any) -> DType:
+def _one_of(value: object, names: Any) -> object:
     if value not in get_args(names):
         raise ValueError(f"{value!r} is none of {', '.join(get_args(names))}")
-    return cast(DType, value)
+    return value

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 _KEPT_LINES: Final = 50
@@ -16,6 +17,8 @@ class TensorRTLog:
 
     Attributes:
         logger: The `ILogger` to give to `Builder`, `OnnxParser` and `Runtime`.
+        on_error: Called with each error as it comes, from any thread: for a process that may not
+            live to ask for them.
     """
 
     def __init__(self, module: Any) -> None:
@@ -25,6 +28,7 @@ class TensorRTLog:
             module: `tensorrt` or `tensorrt_rtx`.
         """
         self._errors: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.on_error: Callable[[str], object] = lambda _: None
         self._lock = threading.Lock()  # builders log from threads of their own
         self.logger: Any = _logger_class(module)(self.add)
 
@@ -38,6 +42,7 @@ class TensorRTLog:
         if severity in {"INTERNAL_ERROR", "ERROR"}:
             with self._lock:
                 self._errors.append(text.strip())
+            self.on_error(text.strip())
             return  # errors reach the user in an exception
         # The library's warnings are for those who ask: no build is without them.
         _LOGGER.log(logging.INFO if severity == "WARNING" else logging.DEBUG, "%s", text)
