@@ -173,7 +173,7 @@ def _write_manifest(
     manifest = Manifest(
         config=source.config,
         precision=precision,
-        graphs=GRAPH_FILES,
+        graphs={"onnxruntime": GRAPH_FILES},
         weights=WEIGHTS_FILE,
         tokenizer=tuple(tokenizer),
         generation=_copied(generation, folder) if generation.is_file() else None,

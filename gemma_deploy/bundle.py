@@ -10,7 +10,17 @@ from typing import Any, TypeGuard, cast, get_args
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError
-from gemma_deploy.graph_spec import PHASES, DType, GraphSpec, Phase, Precision, graph_spec
+from gemma_deploy.graph_spec import (
+    LOWERINGS,
+    PHASES,
+    DType,
+    GraphSpec,
+    Lowering,
+    Phase,
+    Precision,
+    graph_name,
+    graph_spec,
+)
 from gemma_deploy.safe_paths import safe_path
 
 MANIFEST_FILE = "manifest.json"
@@ -36,8 +46,8 @@ class Manifest:
     Attributes:
         config: The model.
         precision: Dtypes of weights, activations and cache.
-        graphs: Path of each phase's graph.
-        weights: Path of the weights file both graphs point into.
+        graphs: Path of each phase's graph, for each lowering the bundle has; `onnxruntime` always.
+        weights: Path of the weights file all graphs point into.
         tokenizer: Paths of the tokenizer's files.
         generation: Path of generation_config.json, or None.
         max_seq_len: Longest sequence the model was made for, in tokens.
@@ -47,7 +57,7 @@ class Manifest:
 
     config: GemmaConfig
     precision: Precision
-    graphs: Mapping[Phase, str]
+    graphs: Mapping[Lowering, Mapping[Phase, str]]
     weights: str
     tokenizer: tuple[str, ...]
     generation: str | None
@@ -55,9 +65,54 @@ class Manifest:
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
 
-    def spec(self, phase: Phase) -> GraphSpec:
-        """Return what the graph of a phase takes and gives."""
-        return graph_spec(self.config, phase, self.precision.cache)
+    @property
+    def lowerings(self) -> tuple[Lowering, ...]:
+        """The lowerings the bundle has graphs of, in the order of `LOWERINGS`."""
+        return tuple(lowering for lowering in LOWERINGS if lowering in self.graphs)
+
+    def precision_of(self, lowering: Lowering) -> Precision:
+        """Return the dtypes of a lowering's graphs.
+
+        Raises:
+            BundleError: The bundle has no such graphs.
+        """
+        self._require(lowering)
+        return self.precision.of_lowering(lowering)
+
+    def spec(self, phase: Phase, lowering: Lowering = "onnxruntime") -> GraphSpec:
+        """Return what the graph of a phase takes and gives.
+
+        Raises:
+            BundleError: The bundle has no graphs of that lowering.
+        """
+        return graph_spec(self.config, phase, self.precision_of(lowering).cache)
+
+    def graph_file(self, phase: Phase, lowering: Lowering = "onnxruntime") -> str:
+        """Return the path of a phase's graph, within the bundle.
+
+        Raises:
+            BundleError: The bundle has no graphs of that lowering.
+        """
+        self._require(lowering)
+        return self.graphs[lowering][phase]
+
+    def _require(self, lowering: Lowering) -> None:
+        if lowering in self.graphs:
+            return
+        if lowering == "tensorrt" and self.precision.weights == "float32":
+            raise BundleError(
+                "the bundle is in float32 and has no tensorrt graphs: TensorRT engines compute in "
+                "float16 or bfloat16. Export it again: `gemma-deploy export CHECKPOINT --output BUNDLE "
+                "--force --fp16` (or --bf16)"
+            )
+        # A bundle is replaced as a whole: what it has besides is asked for again.
+        wanted = [x for x in LOWERINGS if x == lowering or x in self.graphs]
+        options = " ".join(f"--graphs {x}" for x in wanted if x != "onnxruntime")
+        raise BundleError(
+            f"the bundle has no {lowering} graphs, only {', '.join(self.lowerings)}. Export it again: "
+            f"`gemma-deploy export CHECKPOINT --output BUNDLE --force --dtype "
+            f"{self.precision.weights} {options}`"
+        )
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -66,7 +121,11 @@ class Manifest:
             "model": self.config.to_dict(),
             "precision": dataclasses.asdict(self.precision),
             "graphs": {
-                phase: {"path": self.graphs[phase], **_spec_json(self.spec(phase))}
+                graph_name(phase, lowering): {
+                    "path": self.graphs[lowering][phase],
+                    **_spec_json(self.spec(phase, lowering)),
+                }
+                for lowering in self.lowerings
                 for phase in PHASES
             },
             "weights": self.weights,
@@ -122,13 +181,17 @@ class Bundle:
         """The model."""
         return self.manifest.config
 
-    def graph_path(self, phase: Phase) -> Path:
-        """Return the path of a phase's ONNX graph."""
-        return self.folder / self.manifest.graphs[phase]
+    def graph_path(self, phase: Phase, lowering: Lowering = "onnxruntime") -> Path:
+        """Return the path of a phase's ONNX graph.
+
+        Raises:
+            BundleError: The bundle has no graphs of that lowering.
+        """
+        return self.folder / self.manifest.graph_file(phase, lowering)
 
     @property
     def weights_path(self) -> Path:
-        """The weights file both graphs point into."""
+        """The weights file all graphs point into."""
         return self.folder / self.manifest.weights
 
     def generation_config(self) -> dict[str, Any]:
@@ -256,7 +319,7 @@ def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
         manifest = Manifest(
             config=config,
             precision=precision,
-            graphs={phase: str(raw["graphs"][phase]["path"]) for phase in PHASES},
+            graphs=_parse_graphs(raw["graphs"]),
             weights=str(raw["weights"]),
             tokenizer=tuple(map(str, raw["tokenizer"])),
             generation=None if raw["generation"] is None else str(raw["generation"]),
@@ -271,14 +334,25 @@ def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
         raise BundleError(
             f"manifest.json is damaged ({type(err).__name__}: {err}): export the bundle again"
         ) from err
-    for phase in PHASES:
-        stated = {key: raw["graphs"][phase].get(key) for key in ("inputs", "outputs")}
-        if stated != _spec_json(manifest.spec(phase)):
-            raise BundleError(
-                f"manifest.json: the inputs and outputs of the {phase} graph are not those of the "
-                "model it describes: export the bundle again"
-            )
+    for lowering in manifest.lowerings:
+        for phase in PHASES:
+            name = graph_name(phase, lowering)
+            stated = {key: raw["graphs"][name].get(key) for key in ("inputs", "outputs")}
+            if stated != _spec_json(manifest.spec(phase, lowering)):
+                raise BundleError(
+                    f"manifest.json: the inputs and outputs of the {name} graph are not those of the "
+                    "model it describes: export the bundle again"
+                )
     return manifest
+
+
+def _parse_graphs(raw: Mapping[str, Any]) -> dict[Lowering, dict[Phase, str]]:
+    """Return the paths of the graphs; a lowering is there with all its phases or not at all."""
+    return {
+        lowering: {phase: str(raw[graph_name(phase, lowering)]["path"]) for phase in PHASES}
+        for lowering in LOWERINGS
+        if lowering == "onnxruntime" or any(graph_name(phase, lowering) in raw for phase in PHASES)
+    }
 
 
 def _max_seq_len(value: object, config: GemmaConfig) -> int:
@@ -306,7 +380,8 @@ def _refuse_unlisted_tokenizer_files(folder: Path, manifest: Manifest) -> None:
 
 def _referenced(manifest: Manifest) -> list[str]:
     generation = [manifest.generation] if manifest.generation else []
-    return [*manifest.graphs.values(), manifest.weights, *manifest.tokenizer, *generation]
+    graphs = [path for by_phase in manifest.graphs.values() for path in by_phase.values()]
+    return [*graphs, manifest.weights, *manifest.tokenizer, *generation]
 
 
 def _spec_json(spec: GraphSpec) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from typing import Literal, get_args
 from gemma_deploy.config import GemmaConfig
 
 Phase = Literal["prefill", "decode"]
+Lowering = Literal["onnxruntime", "tensorrt", "portable"]
 DType = Literal["float32", "float16", "bfloat16"]
 Dim = int | str
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
+LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 INPUT_IDS = "input_ids"
@@ -84,6 +86,20 @@ class Precision:
         """
         compute: DType = "float32" if dtype == "bfloat16" else dtype
         return cls(weights=dtype, activations=compute, cache=compute)
+
+    def of_lowering(self, lowering: Lowering) -> "Precision":
+        """Return what the graphs of a lowering compute in and cache, over the same weights.
+
+        TensorRT computes and caches in the weights' dtype; every other graph as the bundle says.
+        """
+        if lowering != "tensorrt":
+            return self
+        return Precision(weights=self.weights, activations=self.weights, cache=self.weights)
+
+
+def graph_name(phase: Phase, lowering: Lowering = "onnxruntime") -> str:
+    """Return what a graph is called in a bundle: its manifest key, and its file's stem."""
+    return phase if lowering == "onnxruntime" else f"{phase}.{lowering}"
 
 
 def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:

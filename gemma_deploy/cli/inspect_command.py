@@ -136,10 +136,11 @@ def _manifest_facts(manifest: "Manifest") -> list[tuple[str, str]]:
 def _graphs(manifest: "Manifest") -> list[tuple[str, str]]:
     """Return what each graph takes and gives, the caches of all layers as one line."""
     rows = []
-    for phase, path in manifest.graphs.items():
-        spec = manifest.spec(phase)
-        lines = [*_lines("takes", spec.inputs), *_lines("gives", spec.outputs)]
-        rows += list(zip([path, *[""] * (len(lines) - 1)], lines, strict=True))
+    for lowering, paths in manifest.graphs.items():
+        for phase, path in paths.items():
+            spec = manifest.spec(phase, lowering)
+            lines = [*_lines("takes", spec.inputs), *_lines("gives", spec.outputs)]
+            rows += list(zip([path, *[""] * (len(lines) - 1)], lines, strict=True))
     return rows
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import hashlib
 import json
@@ -56,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     manifest = Manifest(
         config=GemmaConfig(vocab_size=16, num_hidden_layers=1, max_position_embeddings=64),
         precision=Precision.of("bfloat16"),
-        graphs={"prefill": "prefill.onnx", "decode": "decode.onnx"},
+        graphs={"onnxruntime": {"prefill": "prefill.onnx", "decode": "decode.onnx"}},
         weights="weights.safetensors",
         tokenizer=("tokenizer.json",),
         generation="generation_config.json",
@@ -106,6 +107,82 @@ def test_opening_reads_back_what_was_written(folder: Path) -> None:
     assert bundle.manifest.max_seq_len == 64
     assert bundle.manifest.versions == {"python": "3.11"}
     assert (folder / "manifest.json").read_text(encoding="utf-8") == bundle.manifest.to_json()
+
+
+def with_tensorrt_graphs(folder: Path) -> Path:
+    """Add the entries that a bundle with TensorRT graphs has besides."""
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for phase in ("prefill", "decode"):
+        name = f"{phase}.tensorrt"
+        (folder / f"{name}.onnx").write_bytes(name.encode())
+        raw["files"][f"{name}.onnx"] = dataclasses.asdict(record_file(folder / f"{name}.onnx"))
+        graph = json.loads(json.dumps(raw["graphs"][phase]))
+        for tensor in (*graph["inputs"], *graph["outputs"]):
+            if tensor["name"].endswith((".key", ".value")):
+                tensor["dtype"] = "bfloat16"
+        raw["graphs"][name] = graph | {"path": f"{name}.onnx"}
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return folder
+
+
+def test_a_bundle_of_one_lowering_says_how_to_get_another(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    assert bundle.manifest.lowerings == ("onnxruntime",)
+    message = (
+        "the bundle has no tensorrt graphs, only onnxruntime. Export it again: `gemma-deploy export "
+        "CHECKPOINT --output BUNDLE --force --dtype bfloat16 --graphs tensorrt`"
+    )
+    for ask in (bundle.graph_path, bundle.manifest.spec):
+        with pytest.raises(BundleError, match=re.escape(message)):
+            ask("prefill", "tensorrt")
+    with pytest.raises(BundleError, match="has no portable graphs"):
+        bundle.manifest.precision_of("portable")
+
+
+def test_a_float32_bundle_cannot_have_tensorrt_graphs() -> None:
+    manifest = Manifest(
+        config=GemmaConfig(vocab_size=16, num_hidden_layers=1),
+        precision=Precision.of("float32"),
+        graphs={"onnxruntime": {"prefill": "prefill.onnx", "decode": "decode.onnx"}},
+        weights="weights.safetensors", tokenizer=(), generation=None, max_seq_len=64, files={},
+        versions={},
+    )  # fmt: skip
+    with pytest.raises(BundleError, match=r"is in float32 .* --force --fp16` \(or --bf16\)"):
+        manifest.spec("decode", "tensorrt")
+
+
+def test_a_bundle_of_two_lowerings(folder: Path) -> None:
+    bundle = Bundle.open(with_tensorrt_graphs(folder))
+    assert bundle.manifest.lowerings == ("onnxruntime", "tensorrt")
+    assert bundle.graph_path("decode", "tensorrt") == folder / "decode.tensorrt.onnx"
+    assert bundle.graph_path("decode") == folder / "decode.onnx"
+    assert bundle.manifest.precision_of("tensorrt") == Precision(
+        weights="bfloat16", activations="bfloat16", cache="bfloat16"
+    )
+    for lowering, dtype in (("onnxruntime", "float32"), ("tensorrt", "bfloat16")):
+        spec = bundle.manifest.spec("prefill", lowering)  # type: ignore[arg-type]  # by name
+        assert {tensor.dtype for tensor in spec.cache_inputs} == {dtype}
+    rewritten = json.loads(bundle.manifest.to_json())
+    assert rewritten == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (folder / "decode.tensorrt.onnx").write_bytes(b"decode.TENSORRT")
+    assert bundle.changed_files() == ["decode.tensorrt.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("graphs/decode.tensorrt", REMOVED, r"damaged \(KeyError: 'decode.tensorrt'"),
+        ("graphs/decode.tensorrt/path", "other", "'other', which is not among its files"),
+        ("graphs/prefill.tensorrt/inputs/3/dtype", "float16", "of the prefill.tensorrt graph"),
+    ],
+)
+def test_a_second_lowering_that_is_damaged(
+    folder: Path, where: str, value: object, message: str
+) -> None:
+    edit(with_tensorrt_graphs(folder), where, value)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(folder)
 
 
 def test_the_manifest_states_sizes_and_hashes(folder: Path) -> None:
