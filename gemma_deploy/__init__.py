@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_deploy.api import export, load, pipeline
+    from gemma_deploy.api import build, export, load, pack, pipeline
     from gemma_deploy.config import GemmaConfig
     from gemma_deploy.errors import GemmaDeployError
+    from gemma_deploy.exporters.engine import BuildOptions
     from gemma_deploy.runtime.request import GenerationOptions
     from gemma_deploy.runtime.result import GenerationResult
     from gemma_deploy.runtime.text_generator import TextGenerator
@@ -13,25 +14,31 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "BuildOptions",
     "GemmaConfig",
     "GemmaDeployError",
     "GenerationOptions",
     "GenerationResult",
     "TextGenerator",
+    "build",
     "export",
     "load",
+    "pack",
     "pipeline",
 ]
 
 # Public name -> module that has it, imported on first use: `import gemma_deploy` costs nothing.
 _HOMES = {
+    "BuildOptions": "gemma_deploy.exporters.engine",
     "GemmaConfig": "gemma_deploy.config",
     "GemmaDeployError": "gemma_deploy.errors",
     "GenerationOptions": "gemma_deploy.runtime.request",
     "GenerationResult": "gemma_deploy.runtime.result",
     "TextGenerator": "gemma_deploy.runtime.text_generator",
+    "build": "gemma_deploy.api",
     "export": "gemma_deploy.api",
     "load": "gemma_deploy.api",
+    "pack": "gemma_deploy.api",
     "pipeline": "gemma_deploy.api",
 }
 

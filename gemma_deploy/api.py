@@ -1,4 +1,4 @@
-"""The library's front door: `export`, `load`, `pipeline`."""
+"""The library's front door: `export`, `build`, `pack`, `load`, `pipeline`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gemma_deploy.bundle import Bundle
+    from gemma_deploy.engine import EngineFolder
+    from gemma_deploy.exporters.engine import BuildOptions
     from gemma_deploy.graph_spec import DType
     from gemma_deploy.runtime.pipeline import TextGenerationPipeline
     from gemma_deploy.runtime.text_generator import TextGenerator
+    from gemma_deploy.tensorrt import Flavour
 
 TASK = "text-generation"
 
@@ -54,6 +57,69 @@ def export(
         )
     return export_checkpoint(
         Path(checkpoint), Path(output), dtype=dtype, force=force, on_progress=on_progress
+    )
+
+
+def build(
+    bundle: str | Path,
+    options: BuildOptions,
+    *,
+    force: bool = False,
+    on_progress: Callable[[str, int, int], object] = lambda *_: None,
+) -> EngineFolder:
+    """Build a TensorRT engine of a bundle; it is kept in the bundle, and not built twice.
+
+    Args:
+        bundle: A bundle folder that was exported in float16 or bfloat16.
+        options: The library and the engine's sizes: `BuildOptions(flavour="tensorrt-rtx")`.
+        force: Whether to build again what is there already.
+        on_progress: Called with what is being done, how much is done and how much there is.
+
+    Raises:
+        RequestError: Options that the model or the library cannot serve.
+        BackendUnavailableError: The library is not installed, or needs a GPU that is not here.
+        BundleError: The bundle is damaged, or has no graphs for TensorRT.
+        EngineBuildError: Memory or disk do not suffice, or the library failed; nothing is left behind.
+    """
+    from gemma_deploy.bundle import Bundle
+    from gemma_deploy.exporters.engine import build_engine
+
+    opened = Bundle.open(Path(bundle))
+    return build_engine(opened, options, force=force, on_progress=on_progress).engine
+
+
+def pack(
+    bundle: str | Path,
+    output: str | Path,
+    backend: Flavour,
+    *,
+    engine: str | None = None,
+    force: bool = False,
+    on_progress: Callable[[str, int, int], object] = lambda *_: None,
+) -> EngineFolder:
+    """Copy an engine, with tokenizer, generation and licence files, into a folder that runs by itself.
+
+    Args:
+        bundle: A bundle folder that an engine was built in.
+        output: The folder to create; it appears whole or not at all.
+        backend: `tensorrt` or `tensorrt-rtx`: what the engine was built with.
+        engine: Name of the engine's folder in `bundle/engines`; None for the only one.
+        force: Whether an engine at `output` may be replaced.
+        on_progress: Called with what is being done, how much is done and how much there is.
+
+    Raises:
+        RequestError: Several engines to choose from, or none of that name.
+        EngineError: No engine, or one that is damaged or older than the bundle.
+        BundleError: The bundle is damaged.
+        OutputExistsError: `output` exists and `force` is False, or is no engine.
+        ExportError: `output` cannot be written.
+    """
+    from gemma_deploy.bundle import Bundle
+    from gemma_deploy.exporters.engine import pack_engine
+
+    opened = Bundle.open(Path(bundle))
+    return pack_engine(
+        opened, backend, Path(output), key=engine, force=force, on_progress=on_progress
     )
 
 

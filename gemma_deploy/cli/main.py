@@ -20,6 +20,14 @@ COMMANDS: Final = MappingProxyType(
             module="gemma_deploy.cli.export_command",
             short_help="Turn a Gemma checkpoint into a bundle of ONNX graphs and weights.",
         ),
+        "build": LazyCommand(
+            module="gemma_deploy.cli.build_command",
+            short_help="Build a TensorRT engine of a bundle.",
+        ),
+        "pack": LazyCommand(
+            module="gemma_deploy.cli.pack_command",
+            short_help="Copy an engine, with all it needs to generate, into a folder to ship.",
+        ),
         "generate": LazyCommand(
             module="gemma_deploy.cli.generate_command",
             short_help="Continue one prompt or many.",

@@ -1,0 +1,191 @@
+"""Bundle to engine folder: `build_engine`."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from gemma_deploy.bundle import Bundle, FileRecord, sha256_of
+from gemma_deploy.cuda_driver import Gpu, read_driver
+from gemma_deploy.engine import (
+    ENGINE_FILE,
+    ENGINES_FOLDER,
+    EngineBuild,
+    EngineFolder,
+    EngineManifest,
+    Plan,
+)
+from gemma_deploy.errors import BundleError, EngineBuildError, EngineError, ExportError
+from gemma_deploy.exporters.engine.attention import check_attention, plugin_version
+from gemma_deploy.exporters.engine.builder import OnProgress, check_features
+from gemma_deploy.exporters.engine.options import BuildOptions
+from gemma_deploy.exporters.engine.process import build_in_child
+from gemma_deploy.exporters.engine.resources import check_resources
+from gemma_deploy.exporters.engine.targets import choose_targets
+from gemma_deploy.graph_spec import PHASES, Phase
+from gemma_deploy.staging import staged_folder
+from gemma_deploy.tensorrt import TensorRTLibrary, load_library
+
+_PRODUCERS = ("gemma-deploy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx", "triton")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """What `build_engine` gives.
+
+    Attributes:
+        engine: The engine, in the bundle.
+        is_new: Whether it was built now; otherwise it was there already.
+    """
+
+    engine: EngineFolder
+    is_new: bool
+
+
+def build_engine(
+    bundle: Bundle,
+    options: BuildOptions,
+    *,
+    force: bool = False,
+    on_progress: OnProgress = lambda *_: None,
+) -> BuiltEngine:
+    """Build the engine of a bundle, or find it built.
+
+    It is kept in the bundle, under `engines/` and a key of everything that decides what it is, and
+    appears there whole or not at all. The library runs in a child process: that it crashes, or that
+    memory runs out, is an error here.
+
+    Args:
+        bundle: Has TensorRT graphs, in float16 or bfloat16.
+        options: What to build.
+        force: Whether to build an engine that is there already again.
+        on_progress: Called as the work goes on.
+
+    Raises:
+        RequestError: Options that the model or the library cannot serve.
+        BackendUnavailableError: The library is not installed or too old, or the GPU is missing that
+            it builds for.
+        BundleError: The bundle has no TensorRT graphs, or they were changed.
+        EngineBuildError: Memory or disk do not suffice, or the build failed; nothing is left behind.
+    """
+    library = load_library(options.flavour)
+    check_features(library)
+    build = plan_build(bundle, options, library, read_driver()[1])
+    folder = bundle.folder / ENGINES_FOLDER / build.key
+    existing = None if force else _existing(folder)
+    if existing is not None:
+        return BuiltEngine(engine=existing, is_new=False)
+    weights_bytes = bundle.manifest.files[bundle.manifest.weights].size_bytes
+    check_resources(bundle.folder, build, weights_bytes)
+    try:
+        # What is there is either to be replaced or damaged.
+        with staged_folder(folder, force=True, replaceable=ENGINE_FILE) as staging:
+            plans, files = _build_plans(bundle, build, staging, on_progress)
+            manifest = EngineManifest(
+                model=bundle.config,
+                cache_dtype=bundle.manifest.precision_of("tensorrt").cache,
+                build=build,
+                plans=plans,
+                tokenizer=(),
+                generation=None,
+                model_max_seq_len=bundle.manifest.max_seq_len,
+                files=files,
+                versions=_versions(),
+            )
+            (staging / ENGINE_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    except ExportError as err:  # what writing a folder can fail with
+        raise EngineBuildError(str(err)) from err
+    return BuiltEngine(engine=EngineFolder.open(folder), is_new=True)
+
+
+def plan_build(
+    bundle: Bundle, options: BuildOptions, library: TensorRTLibrary, gpus: Sequence[Gpu]
+) -> EngineBuild:
+    """Return what exactly is to be built; refuse what cannot be.
+
+    Args:
+        bundle: What to build from.
+        options: The choices.
+        library: What builds.
+        gpus: The GPUs of this machine.
+
+    Raises:
+        RequestError: Options that the model or the library cannot serve.
+        BackendUnavailableError: A GPU is missing.
+        BundleError: The bundle has no TensorRT graphs, or they were changed.
+    """
+    manifest = bundle.manifest
+    dtype = manifest.precision_of("tensorrt").activations
+    limits = options.limits(manifest)
+    targets = choose_targets(library, options.compute_capabilities, gpus, dtype)
+    check_attention(bundle.config, options.attention, library)
+    return EngineBuild(
+        flavour=options.flavour,
+        library_version=library.version,
+        targets=targets,
+        layout=options.layout,
+        attention=options.attention,
+        plugin_version=plugin_version(bundle.config, options.attention, library),
+        limits=limits,
+        graphs={phase: _graph_hash(bundle, phase) for phase in PHASES},
+        weights=manifest.files[manifest.weights].sha256,
+    )
+
+
+def _graph_hash(bundle: Bundle, phase: Phase) -> str:
+    """Return the hash that the manifest states for a phase's graph, if it is the file's."""
+    name = bundle.manifest.graph_file(phase, "tensorrt")
+    stated = bundle.manifest.files[name].sha256
+    if sha256_of(bundle.folder / name) != stated:
+        raise BundleError(
+            f"{bundle.folder / name} was changed: its SHA-256 is not the manifest's. It may belong to "
+            "another bundle; copy this one again, or export it again"
+        )
+    return stated
+
+
+def _existing(folder: Path) -> EngineFolder | None:
+    """Return the engine in a folder; None if there is none, or a damaged one."""
+    try:
+        return EngineFolder.open(folder)
+    except EngineError:
+        return None
+
+
+def _build_plans(
+    bundle: Bundle, build: EngineBuild, staging: Path, on_progress: OnProgress
+) -> tuple[dict[Phase, Plan], dict[str, FileRecord]]:
+    """Build every plan into a folder, one process after the other: memory is needed for one."""
+    paths: dict[Phase, str]
+    if build.layout == "one-engine":
+        paths = {"prefill": "engine.plan"}
+        plans = {
+            phase: Plan(path="engine.plan", profile=index) for index, phase in enumerate(PHASES)
+        }
+    else:
+        paths = {phase: f"{phase}.plan" for phase in PHASES}
+        plans = {phase: Plan(path=path, profile=0) for phase, path in paths.items()}
+    files = {}
+    for phase, path in paths.items():
+        what = "" if len(paths) == 1 else f" ({phase})"
+        files[path] = build_in_child(
+            {
+                "bundle": str(bundle.folder.absolute()),
+                "build": build.to_dict(),
+                "phase": phase,
+                "plan": str(staging / path),
+            },
+            lambda stage, done, total, what=what: on_progress(stage + what, done, total),
+        )
+    return plans, files
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PRODUCERS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # of the two flavours, one is enough
+    return versions

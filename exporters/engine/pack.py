@@ -1,0 +1,147 @@
+"""An engine made ready to ship: its plans with all that generating needs, `pack_engine`."""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from gemma_deploy.bundle import Bundle, FileRecord
+from gemma_deploy.checkpoint_files import is_licence
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, build_command, engines_of
+from gemma_deploy.errors import EngineError, ExportError, RequestError
+from gemma_deploy.staging import check_replaceable, staged_folder
+from gemma_deploy.tensorrt import Flavour
+
+_BLOCK_BYTES: Final = 8 << 20
+_MANIFEST_BYTES: Final = 1 << 20
+
+
+def pack_engine(
+    bundle: Bundle,
+    flavour: Flavour,
+    output: Path,
+    *,
+    key: str | None = None,
+    force: bool = False,
+    on_progress: Callable[[str, int, int], object] = lambda *_: None,
+) -> EngineFolder:
+    """Write a folder that runs by itself: plans, tokenizer, generation and licence files.
+
+    It holds neither the weights file nor the ONNX graphs, and appears whole or not at all.
+
+    Args:
+        bundle: Holds the engine.
+        flavour: Of the engine.
+        output: The folder to create.
+        key: Name of the engine's folder in the bundle; None for the only one of the flavour.
+        force: Whether an engine at `output` may be replaced.
+        on_progress: Called as files are copied.
+
+    Raises:
+        RequestError: The bundle has several such engines and `key` says none, or no such engine.
+        EngineError: The engine is damaged, or was built from other graphs or weights.
+        OutputExistsError: `output` exists and `force` is False, or it is no engine.
+        ExportError: `output` cannot be written; nothing was left behind.
+    """
+    check_replaceable(output.absolute(), force=force, replaceable=ENGINE_FILE)
+    engine = choose_engine(bundle, flavour, key)
+    _check_not_inside(bundle, output)
+    names = _texts(bundle)
+    records = {name: bundle.manifest.files[name] for name in names} | dict(engine.manifest.files)
+    sources = {name: bundle.folder / name for name in names}
+    sources |= {name: engine.folder / name for name in engine.manifest.files}
+    manifest = dataclasses.replace(
+        engine.manifest,
+        tokenizer=bundle.manifest.tokenizer,
+        generation=bundle.manifest.generation,
+        files=records,
+    )
+    with staged_folder(output, force=force, replaceable=ENGINE_FILE) as folder:
+        _require_space(folder, records, output)
+        total, done = sum(record.size_bytes for record in records.values()), 0
+        for name, record in records.items():
+            for count in _copy(sources[name], folder / name, record):
+                done += count
+                on_progress("copying", done, total)
+        (folder / ENGINE_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return EngineFolder.open(output)
+
+
+def choose_engine(bundle: Bundle, flavour: Flavour, key: str | None) -> EngineFolder:
+    """Return the engine of a bundle that is meant.
+
+    Raises:
+        RequestError: There are several of the flavour and no key, or none of that key.
+        EngineError: There is none of the flavour, or it was built from other graphs or weights.
+    """
+    found = [x for x in engines_of(bundle) if x.manifest.build.flavour == flavour]
+    if not found:
+        raise EngineError(
+            f"{bundle.folder} has no {flavour} engine: build one first with "
+            f"`gemma-deploy build {bundle.folder} --backend {flavour}`"
+        )
+    keys = ", ".join(x.folder.name for x in found)
+    if key is not None:
+        found = [x for x in found if x.folder.name == key]
+        if not found:
+            raise RequestError(f"{bundle.folder} has no {flavour} engine {key!r}; it has {keys}")
+    if len(found) > 1:
+        raise RequestError(f"{bundle.folder} has several {flavour} engines; choose one: {keys}")
+    _check_belongs(bundle, found[0])
+    return found[0]
+
+
+def _check_belongs(bundle: Bundle, engine: EngineFolder) -> None:
+    """Refuse an engine of a bundle that was exported again since."""
+    build, manifest = engine.manifest.build, bundle.manifest
+    graphs = {
+        phase: manifest.files[manifest.graph_file(phase, "tensorrt")].sha256
+        for phase in build.graphs
+    }
+    if build.graphs != graphs or build.weights != manifest.files[manifest.weights].sha256:
+        raise EngineError(
+            f"{engine.folder} was built from other graphs or weights than the bundle holds now: "
+            f"build it again with `{build_command(bundle.folder, build)}`"
+        )
+
+
+def _texts(bundle: Bundle) -> Sequence[str]:
+    """Return the names of the bundle's files that travel with an engine."""
+    manifest = bundle.manifest
+    generation = [manifest.generation] if manifest.generation else []
+    licences = [name for name in manifest.files if is_licence(name)]
+    return list(dict.fromkeys([*manifest.tokenizer, *generation, *licences]))
+
+
+def _check_not_inside(bundle: Bundle, output: Path) -> None:
+    if output.resolve().is_relative_to(bundle.folder.resolve()):
+        raise RequestError(
+            f"{output} lies in the bundle {bundle.folder}: choose an output outside of it"
+        )
+
+
+def _require_space(folder: Path, records: dict[str, FileRecord], output: Path) -> None:
+    needed = sum(record.size_bytes for record in records.values()) + _MANIFEST_BYTES
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ExportError(
+            f"{output.parent} has {free / 1e9:.1f} GB free, the engine needs {needed / 1e9:.1f} GB: "
+            "free space, or choose another output. Nothing was written"
+        )
+
+
+def _copy(source: Path, target: Path, record: FileRecord) -> Iterator[int]:
+    """Copy a file, yield the size of each block; refuse it in the end if its hash is another."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(_BLOCK_BYTES):
+            digest.update(block)
+            writer.write(block)
+            yield len(block)
+    if digest.hexdigest() != record.sha256:
+        raise EngineError(
+            f"{source} was changed: its SHA-256 is not the one stated for it. Build the engine "
+            "again with --force, or export the bundle again. Nothing was written"
+        )

@@ -1,0 +1,68 @@
+"""Whether memory and disk suffice for a build, asked before it starts."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+from gemma_deploy.engine import EngineBuild
+from gemma_deploy.errors import EngineBuildError
+
+# Beyond the plan, of which the library holds one copy: its own code and graphs, Python, and two
+# blocks of 64 MiB in which the plan is handed over.
+_BUILDER_BYTES: Final = 512 << 20
+# Manifest, kernels and the plan's description of its layers.
+_SMALL_FILES_BYTES: Final = 64 << 20
+
+
+def check_resources(folder: Path, build: EngineBuild, weights_bytes: int) -> None:
+    """Refuse a build that memory or disk cannot hold.
+
+    Args:
+        folder: An existing folder on the disk that the engine goes to.
+        build: The engine.
+        weights_bytes: Size of the bundle's weights: what a plan is about as large as.
+
+    Raises:
+        EngineBuildError: What is there, what is needed, and what to do.
+    """
+    needed, available = weights_bytes + _BUILDER_BYTES, available_memory_bytes()
+    if available is not None and needed > available:
+        raise EngineBuildError(
+            f"building needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are "
+            "available: close other programs, or build on another machine and copy the engine "
+            "here. Nothing was written"
+        )
+    num_plans = 1 if build.layout == "one-engine" else 2
+    needed, free = num_plans * weights_bytes + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        hint = "" if num_plans == 1 else ", or build with --layout one-engine, of half the size"
+        raise EngineBuildError(
+            f"{folder} has {free / 1e9:.1f} GB free, the engine needs {needed / 1e9:.1f} GB: free "
+            f"space{hint}. Nothing was written"
+        )
+
+
+def available_memory_bytes() -> int | None:
+    """Return the memory, swap included, that programs can still get; None where nobody tells."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", info.read_text(encoding="ascii"), re.MULTILINE))
+    available = 1024 * (int(sizes.get("MemAvailable", 0)) + int(sizes.get("SwapFree", 0)))
+    in_container = _available_in_container()
+    return available if in_container is None else min(available, in_container)
+
+
+def _available_in_container() -> int | None:
+    """Return what a limit on this process's control group leaves, or None."""
+    folder = Path("/sys/fs/cgroup")
+    limit, used = folder / "memory.max", folder / "memory.stat"
+    if not (limit.is_file() and used.is_file()):
+        return None
+    most = limit.read_text(encoding="ascii").strip()
+    if not most.isdigit():
+        return None
+    # The rest of what is used are copies of files, given up when memory is short.
+    match = re.search(r"^anon (\d+)$", used.read_text(encoding="ascii"), re.MULTILINE)
+    return max(0, int(most) - (int(match[1]) if match else 0))
