@@ -2,9 +2,11 @@
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+
+import onnx_ir as ir
 
 from gemma_deploy.bundle import (
     GENERATION_FILE,
@@ -17,17 +19,31 @@ from gemma_deploy.bundle import (
 )
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
-from gemma_deploy.errors import BundleError, ConfigError, ExportError, OutputExistsError
+from gemma_deploy.engine import ENGINES_FOLDER
+from gemma_deploy.errors import (
+    BundleError,
+    ConfigError,
+    ExportError,
+    OutputExistsError,
+    RequestError,
+)
 from gemma_deploy.exporters.onnx_graphs import write_graph
+from gemma_deploy.exporters.tracing import trace_model
 from gemma_deploy.exporters.weights import StoredTensor, plan_weights, write_weights
-from gemma_deploy.graph_spec import PHASES, DType, Phase, Precision
+from gemma_deploy.graph_spec import (
+    LOWERINGS,
+    PHASES,
+    DType,
+    Lowering,
+    Phase,
+    Precision,
+    graph_name,
+)
 from gemma_deploy.staging import check_replaceable, staged_folder
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 OnProgress = Callable[[str, int, int], object]
 """(what is being done, done, total); bytes while writing weights, steps otherwise."""
-
-GRAPH_FILES: dict[Phase, str] = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 
 _PRODUCERS = (
     "gemma-deploy",
@@ -48,10 +64,11 @@ def export_checkpoint(
     output: Path,
     *,
     dtype: DType | None = None,
+    graphs: Iterable[Lowering] | None = None,
     force: bool = False,
     on_progress: OnProgress = lambda *_: None,
 ) -> Bundle:
-    """Turn a Gemma checkpoint into a bundle: two ONNX graphs over one weights file.
+    """Turn a Gemma checkpoint into a bundle: ONNX graphs of each phase over one weights file.
 
     The bundle appears whole or not at all. Memory stays flat whatever the model's size: the graphs
     are traced without weights, and weights are streamed.
@@ -60,11 +77,15 @@ def export_checkpoint(
         checkpoint: Folder in Hugging Face layout (config.json, *.safetensors, tokenizer files).
         output: The bundle folder to create.
         dtype: What to store the weights in; None keeps the checkpoint's own. float32 and float16
-            graphs compute in that dtype, bfloat16 graphs in float32; norms and logits are float32.
+            graphs compute in that dtype, bfloat16 graphs in float32 (those for TensorRT in
+            bfloat16); norms and logits are float32.
+        graphs: Lowerings to write graphs of; those for ONNX Runtime are always written. None adds
+            those for TensorRT, unless the bundle is in float32, which no engine computes in.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called as the work goes on.
 
     Raises:
+        RequestError: TensorRT graphs of a float32 bundle.
         CheckpointError: Weights missing, truncated, of the wrong shape or dtype, or not finite.
         ConfigError: Another model family, bidirectional attention (an encoder), or a head_dim that
             ONNX Runtime's attention does not take.
@@ -80,16 +101,53 @@ def export_checkpoint(
         # A bundle whose tokenizer cannot be read would be of no use.
         GemmaTokenizer.from_pretrained(checkpoint)
     precision = Precision.of(dtype or _own_dtype(source))
+    lowerings = _lowerings(graphs, precision)
     plan = plan_weights(source, precision)
     with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
         _require_space(folder, sum(tensor.size_bytes for tensor in plan), output)
         weights, record = _write_weights(source, plan, folder, on_progress)
-        for step, phase in enumerate(PHASES):
-            on_progress(f"tracing the {phase} graph", step, len(PHASES))
-            write_graph(source.config, phase, precision, weights, folder / GRAPH_FILES[phase])
+        written = _write_graphs(source, precision, lowerings, weights, folder, on_progress)
         on_progress("finishing", len(PHASES), len(PHASES))
-        _write_manifest(source, precision, folder, {WEIGHTS_FILE: record})
+        _write_manifest(source, precision, written, folder, {WEIGHTS_FILE: record})
     return Bundle.open(output)
+
+
+def _lowerings(graphs: Iterable[Lowering] | None, precision: Precision) -> tuple[Lowering, ...]:
+    """Return the lowerings to write, in the order of `LOWERINGS`."""
+    is_float32 = precision.weights == "float32"
+    if graphs is None:
+        wanted: set[Lowering] = set() if is_float32 else {"tensorrt"}
+    else:
+        wanted = set(graphs)
+        if is_float32 and "tensorrt" in wanted:
+            raise RequestError(
+                "TensorRT graphs of a float32 bundle were asked for; engines compute in float16 or "
+                "bfloat16: export with --fp16 or --bf16, or without --graphs tensorrt"
+            )
+    return tuple(lowering for lowering in LOWERINGS if lowering in wanted | {"onnxruntime"})
+
+
+def _write_graphs(
+    source: Checkpoint,
+    precision: Precision,
+    lowerings: tuple[Lowering, ...],
+    weights: Mapping[str, tuple[StoredTensor, int]],
+    folder: Path,
+    on_progress: OnProgress,
+) -> dict[Lowering, dict[Phase, str]]:
+    """Write every graph; return the files' names. Graphs that compute alike share a trace."""
+    files: dict[Lowering, dict[Phase, str]] = {lowering: {} for lowering in lowerings}
+    for step, phase in enumerate(PHASES):
+        on_progress(f"tracing the {phase} graph", step, len(PHASES))
+        traced: dict[DType, ir.Model] = {}
+        for lowering in lowerings:
+            dtype = precision.of_lowering(lowering).activations
+            if dtype not in traced:
+                traced[dtype] = trace_model(source.config, phase, dtype)
+            name = f"{graph_name(phase, lowering)}.onnx"
+            write_graph(traced[dtype], lowering, dtype, source.config, weights, folder / name)
+            files[lowering][phase] = name
+    return files
 
 
 def _check_nothing_else_is_replaced(checkpoint: Path, output: Path) -> None:
@@ -104,7 +162,8 @@ def _check_nothing_else_is_replaced(checkpoint: Path, output: Path) -> None:
     if not any(output.iterdir()):
         return
     try:
-        known = {MANIFEST_FILE, *Bundle.open(output).manifest.files}
+        # Engines are made from a bundle's graphs, and go with it.
+        known = {MANIFEST_FILE, ENGINES_FOLDER, *Bundle.open(output).manifest.files}
     except BundleError:
         return  # damaged, and to be replaced: what belongs to it cannot be told
     others = sorted(path.name for path in output.iterdir() if path.name not in known)
@@ -162,7 +221,11 @@ def _write_weights(
 
 
 def _write_manifest(
-    source: Checkpoint, precision: Precision, folder: Path, records: dict[str, FileRecord]
+    source: Checkpoint,
+    precision: Precision,
+    graphs: Mapping[Lowering, Mapping[Phase, str]],
+    folder: Path,
+    records: dict[str, FileRecord],
 ) -> None:
     """Copy the small files, measure everything, and write the manifest last."""
     tokenizer = [_copied(path, folder) for path in GemmaTokenizer.files(source.folder)]
@@ -173,7 +236,7 @@ def _write_manifest(
     manifest = Manifest(
         config=source.config,
         precision=precision,
-        graphs={"onnxruntime": GRAPH_FILES},
+        graphs=graphs,
         weights=WEIGHTS_FILE,
         tokenizer=tuple(tokenizer),
         generation=_copied(generation, folder) if generation.is_file() else None,

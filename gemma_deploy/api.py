@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from gemma_deploy.bundle import Bundle
     from gemma_deploy.engine import EngineFolder
     from gemma_deploy.exporters.engine import BuildOptions
-    from gemma_deploy.graph_spec import DType
+    from gemma_deploy.graph_spec import DType, Lowering
     from gemma_deploy.runtime.pipeline import TextGenerationPipeline
     from gemma_deploy.runtime.text_generator import TextGenerator
     from gemma_deploy.tensorrt import Flavour
@@ -26,6 +26,7 @@ def export(
     output: str | Path,
     *,
     dtype: DType | None = None,
+    graphs: Iterable[Lowering] | None = None,
     force: bool = False,
     on_progress: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Bundle:
@@ -35,28 +36,41 @@ def export(
         checkpoint: Folder in Hugging Face layout.
         output: The bundle folder to create; it appears whole or not at all.
         dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own.
+        graphs: What to write graphs for: any of `onnxruntime` (always written), `tensorrt` and
+            `portable` (standard ONNX operators only). None means `onnxruntime` and, unless the
+            bundle is in float32, which no engine computes in, `tensorrt`.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called with what is being done, how much is done and how much there is.
 
     Raises:
         CheckpointError: Weights missing, truncated, of the wrong shape or dtype.
         ConfigError: Another model family.
-        RequestError: `checkpoint` is not there, or another dtype.
+        RequestError: `checkpoint` is not there, another dtype, or other graphs.
         OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
         ExportError: `output` cannot be written, or the export failed.
     """
     from gemma_deploy.exporters.export import export_checkpoint
-    from gemma_deploy.graph_spec import DTYPE_BYTES
+    from gemma_deploy.graph_spec import DTYPE_BYTES, LOWERINGS
 
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPE_BYTES)}, or None")
+    if graphs is not None:
+        graphs = tuple(graphs)
+        for name in graphs:
+            if name not in LOWERINGS:
+                raise RequestError(f"graphs has {name!r}; expected any of {', '.join(LOWERINGS)}")
     if not Path(checkpoint).exists():
         raise RequestError(
             f"{checkpoint} is not there: give a checkpoint folder. A model on a hub is downloaded "
             "by `gemma-deploy export ID`, or first by huggingface_hub.snapshot_download"
         )
     return export_checkpoint(
-        Path(checkpoint), Path(output), dtype=dtype, force=force, on_progress=on_progress
+        Path(checkpoint),
+        Path(output),
+        dtype=dtype,
+        graphs=graphs,
+        force=force,
+        on_progress=on_progress,
     )
 
 
@@ -132,11 +146,14 @@ def load(
 ) -> TextGenerator:
     """Load a model to generate with; use it as a context manager.
 
-    A bundle runs on ONNX Runtime and imports no torch; a checkpoint runs on the eager torch model.
+    A bundle runs on ONNX Runtime and imports no torch; a checkpoint runs on the eager torch model; an
+    engine runs on TensorRT.
 
     Args:
-        path: A bundle folder, as `export` writes it, or a checkpoint folder.
-        backend: `auto`, `onnxruntime` (bundles) or `torch` (checkpoints).
+        path: A bundle folder, as `export` writes it, a checkpoint folder, or an engine that
+            `gemma-deploy pack` wrote.
+        backend: `auto`, `onnxruntime` (bundles), `torch` (checkpoints), or `tensorrt` or
+            `tensorrt-rtx` (packed engines, and bundles with engines that `gemma-deploy build` built).
         device: `auto` (CUDA where it works), `cpu`, `cuda` or `cuda:N`.
         max_seq_len: Capacity of the KV cache in tokens, allocated once; None for what each call
             needs, up to what the model is made for.
@@ -150,6 +167,8 @@ def load(
         BundleError: The bundle is damaged, or newer than this gemma-deploy.
         CheckpointError: The checkpoint is damaged.
         BackendUnavailableError: The backend's package or the device is not here.
+        EngineError: The engine is damaged, or of another library version or GPU; or the bundle has
+            none that fits.
         SessionError: The backend failed to load the model.
     """
     from gemma_deploy.runtime.source import ModelSource

@@ -1,6 +1,6 @@
 """Shared fixtures: tiny random checkpoints of every generation, written by transformers itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,9 +93,12 @@ class TinyCheckpoints(Protocol):
 
 
 class TinyBundles(Protocol):
-    """Exports a tiny checkpoint on first use; later calls return the same folder: do not change it."""
+    """Exports a tiny checkpoint on first use; later calls return the same folder: do not change it.
 
-    def __call__(self, name: str, dtype: str = "float32") -> Path: ...
+    `graphs` are those besides ONNX Runtime's.
+    """
+
+    def __call__(self, name: str, dtype: str = "float32", graphs: Sequence[str] = ()) -> Path: ...
 
 
 class Oracle(Protocol):
@@ -128,17 +131,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints
 def tiny_bundle(
     tiny_checkpoint: TinyCheckpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> TinyBundles:
-    """Return `tiny_bundle(name, dtype="float32") -> folder`: tiny checkpoints, exported."""
-    folders: dict[tuple[str, str], Path] = {}
+    """Return `tiny_bundle(name, dtype="float32", graphs=()) -> folder`: tiny checkpoints, exported."""
+    folders: dict[tuple[str, str, frozenset[str]], Path] = {}
 
-    def get(name: str, dtype: str = "float32") -> Path:
+    def get(name: str, dtype: str = "float32", graphs: Sequence[str] = ()) -> Path:
         from gemma_deploy.exporters.export import export_checkpoint
 
-        if (name, dtype) not in folders:
+        key = (name, dtype, frozenset(graphs))
+        if key not in folders:
             folder = tmp_path_factory.mktemp("bundles") / f"{name}-{dtype}"
-            export_checkpoint(tiny_checkpoint(name), folder, dtype=dtype)  # type: ignore[arg-type]  # tests name dtypes that exist
-            folders[name, dtype] = folder
-        return folders[name, dtype]
+            export_checkpoint(tiny_checkpoint(name), folder, dtype=dtype, graphs=graphs)  # type: ignore[arg-type]  # tests name dtypes and graphs that exist
+            folders[key] = folder
+        return folders[key]
 
     return get
 

@@ -1,4 +1,4 @@
-"""The model's ops as ONNX Runtime's own nodes.
+"""The traced ops as ONNX Runtime's own nodes.
 
 Attention is com.microsoft GroupQueryAttention, whose work grows with the valid length of the cache
 (the standard op's grows with its capacity) and which updates the cache in place when past and
@@ -9,132 +9,65 @@ from the mapped file, without a transposed copy.
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-import onnx
-import torch
-from onnxscript import opset23, values
+import onnx_ir as ir
 
-from gemma_deploy.graph_spec import DType
-from gemma_deploy.ops.static_cache_attention import static_cache_attention
+from gemma_deploy.exporters.lowering.nodes import NodeWriter
+from gemma_deploy.exporters.lowering.traced_ops import attributes_of, inputs_of, num_heads_of
 
-OPSET_VERSION = 23
+OPSETS = {"": 23, "com.microsoft": 1}
 
-_Schema = onnx.defs.OpSchema
-_FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-TranslationTable = dict[Callable[..., Any], Callable[..., Any]]
+_CONTRIB = "com.microsoft"
 
 
-def translation_table(weights_dtype: DType) -> TranslationTable:
-    """Return torch op -> function that writes its ONNX nodes, for `torch.onnx.export`.
+def linear(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequence[ir.Value]:
+    """Write `LINEAR` as FusedMatMul.
 
-    Args:
-        weights_dtype: What the stored matrices hold. bfloat16 is cast to float32 on the way into
-            each product, since ONNX Runtime's CPU kernels have no bfloat16 product.
+    Weights that are stored in bfloat16 are cast on the way, since ONNX Runtime's CPU kernels have no
+    bfloat16 product.
     """
-    is_cast = weights_dtype == "bfloat16"
-
-    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-        stored = opset23.Cast(weight, to=onnx.TensorProto.FLOAT) if is_cast else weight
-        product = _fused_mat_mul(x, stored, transB=1)
-        return product if bias is None else opset23.Add(product, bias)
-
-    def embedding(weight: Any, indices: Any, *_: object) -> Any:
-        rows = opset23.Gather(weight, indices)
-        return opset23.Cast(rows, to=onnx.TensorProto.FLOAT) if is_cast else rows
-
-    return {
-        torch.ops.aten.linear.default: linear,
-        torch.ops.aten.embedding.default: embedding,
-        static_cache_attention._opoverload: _attention,
-    }
+    x, weight, *bias = inputs_of(node)
+    stored = write.cast(weight, activations)
+    product = write.op("FusedMatMul", x, stored, domain=_CONTRIB, transB=1)
+    return [write.op("Add", product, bias[0]) if bias else product]
 
 
-def _attention(  # noqa: PLR0913, PLR0917  # the op's own signature
-    query: Any,
-    key: Any,
-    value: Any,
-    key_cache: Any,
-    value_cache: Any,
-    cos: Any,
-    sin: Any,
-    input_pos: Any,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    sliding_window: int = 0,
-) -> tuple[Any, Any, Any]:
-    """Write static_cache_attention as RotaryEmbedding and GroupQueryAttention.
+def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Sequence[ir.Value]:
+    """Write `ATTENTION` as RotaryEmbedding and GroupQueryAttention.
 
     Every row counts as input_pos + S tokens long, padding included: what padding writes into the
     cache lies beyond the row's true length and is overwritten by its next token.
     """
-    num_heads, num_kv_heads = query.shape[2], key.shape[2]
+    query, key, value, key_cache, value_cache, cos, sin, input_pos = inputs_of(node)
+    num_heads, num_kv_heads = num_heads_of(query), num_heads_of(key)
+    attributes = attributes_of(node)
     # Of cos, not of query: one value for all layers, so that repeated nodes can be merged.
-    tokens = opset23.Shape(cos, start=1, end=2)
-    total = opset23.Add(input_pos, tokens)  # [B]
-    last = opset23.Sub(total, _int64(1))
-    output, present_key, present_value = _group_query_attention(
-        opset23.RotaryEmbedding(_flat(query), cos, sin, num_heads=num_heads),
-        opset23.RotaryEmbedding(_flat(key), cos, sin, num_heads=num_kv_heads),
-        _flat(value),
+    tokens = write.op("Shape", cos, start=1, end=2)
+    total = write.op("Add", input_pos, tokens)  # [B]
+    last = write.op("Sub", total, write.int64(1))
+    output, present_key, present_value = write.ops(
+        "GroupQueryAttention",
+        write.op("RotaryEmbedding", _flat(write, query), cos, sin, num_heads=num_heads),
+        write.op("RotaryEmbedding", _flat(write, key), cos, sin, num_heads=num_kv_heads),
+        _flat(write, value),
         key_cache,
         value_cache,
-        opset23.Cast(last, to=onnx.TensorProto.INT32),
-        opset23.Cast(opset23.ReduceMax(total, keepdims=0), to=onnx.TensorProto.INT32),
+        write.op("Cast", last, to=ir.DataType.INT32.value),
+        write.op("Cast", write.op("ReduceMax", total, keepdims=0), to=ir.DataType.INT32.value),
+        num_outputs=3,
+        domain=_CONTRIB,
         num_heads=num_heads,
         kv_num_heads=num_kv_heads,
-        scale=scale,
-        softcap=softcap,
+        scale=attributes.scale,
+        softcap=attributes.softcap,
         # Counts the query's own key, as Gemma does; -1 is ONNX Runtime's word for no window.
-        local_window_size=sliding_window or -1,
+        local_window_size=attributes.sliding_window or -1,
     )
-    output = opset23.Reshape(output, _int64(0, 0, num_heads, -1))  # [B, S, N, H]
+    output = write.op("Reshape", output, write.int64(0, 0, num_heads, -1))  # [B, S, N, H]
     return output, present_key, present_value
 
 
-def _flat(x: Any) -> Any:
+def _flat(write: NodeWriter, x: ir.Value) -> ir.Value:
     """[B, S, heads, H] -> [B, S, heads * H]."""
-    return opset23.Reshape(x, _int64(0, 0, -1))
-
-
-def _int64(*numbers: int) -> Any:
-    return opset23.Constant(value_ints=numbers)
-
-
-def _contrib_op(
-    name: str, inputs: dict[str, str], outputs: dict[str, str], attributes: dict[str, Any]
-) -> values.Op:
-    """Declare a com.microsoft op: inputs and outputs as name -> type letter (T float, M int32)."""
-    types = [("T", _FLOAT_TYPES, ""), ("M", ["tensor(int32)"], "")]
-    used = {*inputs.values(), *outputs.values()}
-    schema = _Schema(
-        name,
-        "com.microsoft",
-        1,
-        inputs=[_Schema.FormalParameter(k, v) for k, v in inputs.items()],
-        outputs=[_Schema.FormalParameter(k, v) for k, v in outputs.items()],
-        type_constraints=[entry for entry in types if entry[0] in used],
-        attributes=[_Schema.Attribute(k, v, required=False) for k, v in attributes.items()],
-    )
-    return values.Op(values.Opset("com.microsoft", 1), name, schema)
-
-
-_INT, _FLOAT = _Schema.AttrType.INT, _Schema.AttrType.FLOAT
-
-_fused_mat_mul = _contrib_op("FusedMatMul", {"A": "T", "B": "T"}, {"Y": "T"}, {"transB": _INT})
-
-_group_query_attention = _contrib_op(
-    "GroupQueryAttention",
-    dict.fromkeys(("query", "key", "value", "past_key", "past_value"), "T")
-    | {"seqlens_k": "M", "total_sequence_length": "M"},
-    dict.fromkeys(("output", "present_key", "present_value"), "T"),
-    {
-        "num_heads": _INT,
-        "kv_num_heads": _INT,
-        "scale": _FLOAT,
-        "softcap": _FLOAT,
-        "local_window_size": _INT,
-    },
-)
+    return write.op("Reshape", x, write.int64(0, 0, -1))

@@ -14,7 +14,7 @@ from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
 
 if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
-    from gemma_deploy.graph_spec import DType
+    from gemma_deploy.graph_spec import DType, Lowering
 
 
 @click.command(
@@ -25,6 +25,7 @@ Examples:
   gemma-deploy export ~/models/gemma-2b --output gemma-2b
   gemma-deploy export google/gemma-2b --output gemma-2b --fp16
   gemma-deploy export google/gemma-3-1b-it --revision main --output gemma-3-1b --bf16
+  gemma-deploy export ~/models/gemma-2b --output gemma-2b --graphs portable
 
 A float16 bundle may overflow beyond 65,504 where the checkpoint did not. A run on a CPU does not show
 that it will not on CUDA: ONNX Runtime's CPU multiplies matrices in float32. --bf16 and --fp32 keep
@@ -47,11 +48,20 @@ A folder of that name wins over the hub.
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="What to store the weights in. float32 and float16 compute in the same; bfloat16 computes "
-    "in float32, since a CPU has no bfloat16 products. [default: the checkpoint's own]",
+    "in float32, since a CPU has no bfloat16 products, but on TensorRT. [default: the checkpoint's "
+    "own]",
 )
 @click.option("--fp32", is_flag=True, help="Short for --dtype float32.")
 @click.option("--fp16", is_flag=True, help="Short for --dtype float16.")
 @click.option("--bf16", is_flag=True, help="Short for --dtype bfloat16.")
+@click.option(
+    "--graphs",
+    type=click.Choice(["onnxruntime", "tensorrt", "portable"]),
+    multiple=True,
+    help="What to write graphs for, a few KB each over the same weights; repeat it for several. "
+    "portable: standard ONNX operators only. onnxruntime is always written. [default: onnxruntime "
+    "and, in a bundle of 16 bits, tensorrt]",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle at BUNDLE if there is one.")
 @click.option(
     "--revision",
@@ -67,6 +77,7 @@ def command(
     fp32: bool,
     fp16: bool,
     bf16: bool,
+    graphs: "tuple[Lowering, ...]",
     force: bool,
     revision: str | None,
     as_json: bool,
@@ -75,8 +86,8 @@ def command(
 
     CHECKPOINT is a folder in Hugging Face layout (config.json, *.safetensors, tokenizer files) or
     the name of a model on the Hugging Face hub, of which only these files are downloaded. The
-    bundle holds two ONNX graphs, one weights file, the tokenizer and a manifest; it needs neither
-    the checkpoint nor torch to run.
+    bundle holds ONNX graphs, one weights file, the tokenizer and a manifest; it needs neither the
+    checkpoint nor torch to run.
     """
     wanted = _dtype({"float32": fp32, "float16": fp16, "bfloat16": bf16}, dtype)
     from gemma_deploy import api
@@ -101,6 +112,7 @@ def command(
             folder,
             output,
             dtype=wanted,
+            graphs=graphs or None,
             force=force,
             on_progress=on_progress,
         )

@@ -17,6 +17,7 @@ from gemma_deploy.bundle import WEIGHTS_FILE
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.onnx_graphs import write_graph
+from gemma_deploy.exporters.tracing import trace_model
 from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import DType, Phase, Precision, graph_spec
 
@@ -304,6 +305,8 @@ def test_small_weights_are_neither_read_nor_merged(
     weights = {tensor.name: (tensor, 4096 * number) for number, tensor in enumerate(plan)}
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(4096 * len(plan) + 1_000_000))
     monkeypatch.chdir(tmp_path)
-    write_graph(checkpoint.config, "decode", precision, weights, tmp_path / "decode.onnx")
+    traced = trace_model(checkpoint.config, "decode", precision.activations)
+    arguments = (precision.activations, checkpoint.config, weights, tmp_path / "decode.onnx")
+    write_graph(traced, "onnxruntime", *arguments)
     graph = onnx.load(tmp_path / "decode.onnx", load_external_data=False).graph
     assert weights.keys() <= {tensor.name for tensor in graph.initializer}

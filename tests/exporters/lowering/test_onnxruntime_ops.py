@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from gemma_deploy.exporters.lowering.onnxruntime_ops import OPSET_VERSION, translation_table
+from gemma_deploy.exporters.lowering.lower import lower
+from gemma_deploy.exporters.lowering.traced_ops import translation_table
+from gemma_deploy.exporters.tracing import ir_dtype
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.ops.static_cache_attention import static_cache_attention
 
@@ -41,19 +43,22 @@ class Head(nn.Module):
         return output
 
 
-def translated(
-    module: nn.Module, inputs: tuple[Tensor, ...], weights: DType, dynamic: Any = None
-) -> ir.Model:
+def traced(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any = None) -> ir.Model:
     with warnings.catch_warnings():
         # torch's exporter uses what torch has deprecated.
         warnings.simplefilter("ignore")
         program = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic)
         onnx_program = torch.onnx.export(
-            program, opset_version=OPSET_VERSION, dynamo=True, optimize=False, verbose=False,
-            custom_translation_table=translation_table(weights),
+            program, opset_version=23, dynamo=True, optimize=False, verbose=False,
+            custom_translation_table=translation_table(),
         )  # fmt: skip
     assert onnx_program is not None
     return onnx_program.model
+
+
+def lowered(model: ir.Model, activations: DType) -> ir.Model:
+    lower(model, "onnxruntime", ir_dtype(activations))
+    return model
 
 
 def run(model: ir.Model, inputs: tuple[Tensor, ...]) -> list[Any]:
@@ -96,7 +101,7 @@ def test_attention(heads: tuple[int, int], attributes: dict[str, Any]) -> None:
     step = {0: batch, 1: tokens}
     dynamic = ((step, step, step, {0: batch}, {0: batch}, step, step, {0: batch}),)
     example = attention_inputs([0, 0], 3, heads, torch.float32)
-    model = translated(Attention(**attributes), example, "float32", dynamic)
+    model = lowered(traced(Attention(**attributes), example, dynamic), "float32")
     # Prefill, a chunk of one row (all that ONNX Runtime continues at once), ragged decode.
     for input_pos, num_tokens in (([0, 0], 12), ([7], 9), ([0, 4, 30], 1)):
         inputs = attention_inputs(input_pos, num_tokens, heads, torch.float32)
@@ -114,7 +119,7 @@ def test_attention_in_float16() -> None:
     inputs = attention_inputs([0, 0], 12, (4, 1), torch.float16)
     exact = tuple(x.float() if x.is_floating_point() else x for x in inputs)
     wanted, *_ = static_cache_attention(*exact, scale=0.5)
-    output, *_ = run(translated(Attention(scale=0.5), inputs, "float16"), inputs)
+    output, *_ = run(lowered(traced(Attention(scale=0.5), inputs), "float16"), inputs)
     assert output.dtype == np.float16
     # Rotated keys and outputs of up to 4 are rounded to 2^-9; a softmax spreads it.
     np.testing.assert_allclose(output, wanted, rtol=0, atol=1e-2)
@@ -123,7 +128,7 @@ def test_attention_in_float16() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_and_embedding(bias: bool) -> None:
     module, ids = Head(bias=bias), torch.tensor([[3, 19, 0]])
-    (output,) = run(translated(module, (ids,), "float32"), (ids,))
+    (output,) = run(lowered(traced(module, (ids,)), "float32"), (ids,))
     np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
 
 
@@ -131,23 +136,26 @@ def test_linear_and_embedding(bias: bool) -> None:
 def test_linear_and_embedding_over_bfloat16_weights(bias: bool) -> None:
     """The graph is traced in float32; its matrices are then stored in bfloat16."""
     module, ids = Head(bias=bias), torch.tensor([[3, 19, 0]])
-    model = translated(module, (ids,), "bfloat16")
+    model = traced(module, (ids,))
     rounded = {"embedding.weight": module.embedding.weight, "linear.weight": module.linear.weight}
     for name, weight in rounded.items():
         value = model.graph.initializers[name]
         value.const_value = ir.tensor(weight.detach().bfloat16(), name=name)
         value.dtype = ir.DataType.BFLOAT16
         weight.data = weight.data.bfloat16().float()
-    (output,) = run(model, (ids,))
+    (output,) = run(lowered(model, "float32"), (ids,))
     np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
 
 
 def test_weights_are_used_as_stored() -> None:
     """[out, in], without a transposed copy, and without a cast unless they are bfloat16."""
     ids = torch.tensor([[1]])
-    for dtype, num_casts in (("float32", 0), ("float16", 0), ("bfloat16", 2)):
-        model = translated(Head(bias=True), (ids,), dtype)  # type: ignore[arg-type]  # dtypes by name
-        op_types = [node.op_type for node in model.graph]
+    model = traced(Head(bias=True), (ids,))
+    for dtype, num_casts in ((ir.DataType.FLOAT, 0), (ir.DataType.BFLOAT16, 2)):
+        stored = model.clone()
+        for name in ("embedding.weight", "linear.weight"):
+            stored.graph.initializers[name].dtype = dtype
+        op_types = [node.op_type for node in lowered(stored, "float32").graph]
         assert "Transpose" not in op_types
         assert op_types.count("FusedMatMul") == 1
         assert op_types.count("Cast") == num_casts
