@@ -44,10 +44,10 @@ class TimedSession:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
 
-    def step(self, *args: Any) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Run and time one step."""
         started_s = time.perf_counter()
-        logits = self.session.step(*args)
+        logits = self.session.step(*args, **kwargs)
         self.step_s += time.perf_counter() - started_s
         return logits
 

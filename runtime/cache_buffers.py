@@ -1,17 +1,16 @@
 """KV cache memory by address, for backends that bind it in place."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import cast
 
 from gemma_deploy.errors import SessionError
-from gemma_deploy.graph_spec import TensorSpec
+from gemma_deploy.graph_spec import DTYPE_BYTES, DType, TensorSpec
 
 Shape = tuple[int, ...]
-Allocate = Callable[[Shape, "np.dtype[np.generic]"], tuple[int, object]]
+Allocate = Callable[[Shape, DType], tuple[int, object]]
 """Gives zeroed memory: its address, and the object that keeps it alive."""
 
 
@@ -21,21 +20,21 @@ class CacheTensor:
 
     Attributes:
         name: Name of the graph input it is for.
-        dtype: Element type.
+        dtype: Element type, by name: numpy by itself has no bfloat16.
         shape: (B, K, T, H).
         address: Of the first element, on whatever device the memory is.
         owner: Keeps the memory alive.
     """
 
     name: str
-    dtype: npt.DTypeLike
+    dtype: DType
     shape: Shape
     address: int
     owner: object
 
     def rows(self, start: int, stop: int) -> "CacheTensor":
         """Return rows start, ..., stop - 1, in the same memory."""
-        row_bytes = int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
+        row_bytes = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
         return dataclasses.replace(
             self, shape=(stop - start, *self.shape[1:]), address=self.address + start * row_bytes
         )
@@ -98,6 +97,6 @@ def _allocate_all(
 ) -> Iterator[CacheTensor]:
     for spec in specs:
         shape = tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims)
-        dtype = np.dtype(spec.dtype)
+        dtype = cast(DType, spec.dtype)
         address, owner = allocate(shape, dtype)
         yield CacheTensor(name=spec.name, dtype=dtype, shape=shape, address=address, owner=owner)

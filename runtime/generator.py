@@ -11,7 +11,13 @@ from gemma_deploy.errors import NonFiniteLogitsError
 from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.rows import Row
 from gemma_deploy.runtime.sampling import RepetitionPenalty, sampling_method
-from gemma_deploy.runtime.sessions.session import Array, KVCache, Session
+from gemma_deploy.runtime.sessions.session import (
+    Array,
+    Int64Array,
+    KVCache,
+    Session,
+    StepLogits,
+)
 
 PREFILL_CHUNK_TOKENS = 512
 
@@ -64,6 +70,8 @@ class BatchGeneration:
         self._method = sampling_method(options)
         has_penalty = options.repetition_penalty != 1
         self._penalty = RepetitionPenalty(options.repetition_penalty) if has_penalty else None
+        # A penalty may lift any token into the largest.
+        self._num_candidates = None if has_penalty else self._method.num_candidates
         seed = secrets.randbits(64) if options.seed is None else options.seed
         self.rows = [
             Row(
@@ -99,7 +107,7 @@ class BatchGeneration:
             row.finish("cancelled")
 
     def _steps(self, is_cancelled: Callable[[], bool]) -> Iterator[list[int]]:
-        run: Callable[[], Array | None] = partial(self._prefill, is_cancelled)
+        run: Callable[[], StepLogits | None] = partial(self._prefill, is_cancelled)
         for row in self.rows:
             row.start()
         while (active := self._active()) and not is_cancelled():
@@ -113,8 +121,8 @@ class BatchGeneration:
     def _active(self) -> list[int]:
         return [index for index, row in enumerate(self.rows) if row.finish_reason is None]
 
-    def _prefill(self, is_cancelled: Callable[[], bool]) -> Array | None:
-        """Run the prompts; return each row's logits [B, V] at its last token, None if cancelled."""
+    def _prefill(self, is_cancelled: Callable[[], bool]) -> StepLogits | None:
+        """Run the prompts; return each row's logits at its last token, None if cancelled."""
         longest = max(row.prompt_length for row in self.rows)
         if longest > self._prefill_chunk:
             return self._prefill_in_chunks(is_cancelled)
@@ -126,10 +134,14 @@ class BatchGeneration:
             row.num_cached = row.prompt_length
         last = np.array([[row.prompt_length - 1] for row in self.rows], np.int64)
         start = np.zeros(len(self.rows), np.int64)
-        return self._session.step(input_ids, start, last, self._cache)[:, 0, :]
+        return self._step(input_ids, start, last)
 
-    def _prefill_in_chunks(self, is_cancelled: Callable[[], bool]) -> Array | None:
-        """Run each row by itself, one chunk after the other."""
+    def _prefill_in_chunks(self, is_cancelled: Callable[[], bool]) -> StepLogits | None:
+        """Run each row by itself, one chunk after the other.
+
+        All logits of a row's last chunk are taken: rows with all and rows with the largest, which ties
+        may make of them, could not be put together, and beside several chunks they cost nothing.
+        """
         xp = self._session.xp
         last_logits = []
         for index, row in enumerate(self.rows):
@@ -140,41 +152,55 @@ class BatchGeneration:
                 chunk = row.sequence[None, row.num_cached :][:, : self._prefill_chunk]
                 start = np.array([row.num_cached], np.int64)
                 last = np.array([[chunk.shape[1] - 1]], np.int64)
-                logits = self._session.step(chunk, start, last, cache)[:, 0, :]
                 row.num_cached += chunk.shape[1]
-                if row.num_cached == row.prompt_length:
+                is_last = row.num_cached == row.prompt_length
+                wanted = None if is_last else 1
+                found = self._session.step(chunk, start, last, cache, num_candidates=wanted)
+                if is_last:
                     # The session's next step writes into the same memory.
-                    last_logits.append(xp.asarray(logits, copy=True))
-        return xp.concat(last_logits, axis=0)
+                    last_logits.append(xp.asarray(found.logits, copy=True))
+        return StepLogits(xp.concat(last_logits, axis=0))
 
-    def _decode(self) -> Array:
-        """Run one token of each row; return the logits [B, V].
+    def _decode(self) -> StepLogits:
+        """Run one token of each row; return the logits.
 
         A row that has ended stays in the batch at position 0, which costs the least.
         """
         going_on = [row.finish_reason is None for row in self.rows]
         starts = [row.num_cached if go else 0 for row, go in zip(self.rows, going_on, strict=True)]
-        logits = self._session.step(
+        found = self._step(
             np.array([[row.last_token] for row in self.rows], np.int64),
             np.array(starts, np.int64),
             np.zeros((len(self.rows), 1), np.int64),
-            self._cache,
         )
         for row in self.rows:
             row.num_cached += 1
-        return logits[:, 0, :]
+        return found
 
-    def _append(self, active: list[int], logits: Array) -> None:
-        """Choose a token for each active row from logits [B, V], and end rows that are done."""
-        xp = self._session.xp
+    def _step(
+        self, input_ids: Int64Array, input_pos: Int64Array, logits_index: Int64Array
+    ) -> StepLogits:
+        """Run a step of the batch, for the largest logits where they decide and for all otherwise."""
+        run = partial(self._session.step, input_ids, input_pos, logits_index, self._cache)
+        found = run(num_candidates=self._num_candidates)
+        if found.token_ids is None or all(
+            self._method.is_decided_by(found.logits[index, 0, :]) for index in self._active()
+        ):
+            return found
+        return run(num_candidates=None)
+
+    def _append(self, active: list[int], found: StepLogits) -> None:
+        """Choose a token for each active row from what the step found, and end rows that are done."""
         rows = [self.rows[index] for index in active]
-        if len(active) < len(self.rows):
-            logits = xp.stack([logits[index, :] for index in active])
+        logits, token_ids = (
+            array if array is None else self._of_rows(array, active)
+            for array in (found.logits, found.token_ids)
+        )
         self._check_finite(logits, active)
         if self._penalty is not None:
             logits = self._penalty(logits, [row.sequence for row in rows])
         uniforms = [row.random.random() for row in rows]
-        for row, token_id in zip(rows, self._method(logits, uniforms), strict=True):
+        for row, token_id in zip(rows, self._method(logits, uniforms, token_ids), strict=True):
             row.append(token_id)
             if token_id in self._stop_token_ids:
                 row.finish("stop")
@@ -183,6 +209,12 @@ class BatchGeneration:
                 or row.num_cached == self._cache.max_seq_len
             ):
                 row.finish("length")
+
+    def _of_rows(self, array: Array, active: list[int]) -> Array:
+        """Return [len(active), C] of an array [B, 1, C]."""
+        if len(active) == len(self.rows):
+            return array[:, 0, :]
+        return self._session.xp.stack([array[index, 0, :] for index in active])
 
     def _check_finite(self, logits: Array, active: list[int]) -> None:
         xp = self._session.xp

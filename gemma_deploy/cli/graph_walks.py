@@ -78,7 +78,7 @@ def _step(
 ) -> FloatArray:
     # The session writes its next logits into the same memory.
     logits: FloatArray = np.array(
-        session.step(input_ids, input_pos, logits_index, cache), copy=True
+        session.step(input_ids, input_pos, logits_index, cache).logits, copy=True
     )
     return logits
 

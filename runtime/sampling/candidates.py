@@ -23,6 +23,15 @@ class Candidates:
     logits: Array
     token_ids: Array | None = None
 
+    @classmethod
+    def of(cls, logits: Array, token_ids: Array | None = None) -> "Candidates":
+        """Return the candidates of logits [C] whose `token_ids` [C] come in any order."""
+        if token_ids is None:
+            return cls(logits)
+        xp = array_namespace(logits)
+        order = xp.argsort(token_ids)
+        return cls(xp.take(logits, order, axis=0), xp.take(token_ids, order, axis=0))
+
     def __len__(self) -> int:
         return int(self.logits.shape[0])
 

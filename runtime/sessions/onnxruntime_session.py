@@ -15,6 +15,7 @@ from gemma_deploy.graph_spec import (
     INPUT_POS,
     LOGITS,
     LOGITS_INDEX,
+    DType,
     Phase,
     Precision,
     TensorSpec,
@@ -25,7 +26,12 @@ from gemma_deploy.runtime.sessions.onnxruntime_providers import (
     ORT_ERRORS,
     create_inference_session,
 )
-from gemma_deploy.runtime.sessions.session import Int64Array, KVCache
+from gemma_deploy.runtime.sessions.session import (
+    Int64Array,
+    KVCache,
+    SessionLimits,
+    StepLogits,
+)
 
 _ORT_TYPES = {
     "int64": "tensor(int64)",
@@ -49,10 +55,12 @@ class OnnxRuntimeSession:
     Attributes:
         config: The model.
         xp: numpy; logits are in host memory on every device.
+        limits: None.
         device: What the model runs on, `cpu` or `cuda`.
     """
 
     xp = array_api_numpy
+    limits = SessionLimits()
 
     def __init__(
         self,
@@ -106,8 +114,10 @@ class OnnxRuntimeSession:
         input_pos: Int64Array,
         logits_index: Int64Array,
         cache: KVCache,
-    ) -> npt.NDArray[np.float32]:
-        """Run S tokens of each row; see `Session.step`.
+        *,
+        num_candidates: int | None = None,  # noqa: ARG002 - the protocol's; all are on the host already
+    ) -> StepLogits:
+        """Run S tokens of each row; see `Session.step`. All logits are given.
 
         ONNX Runtime's GroupQueryAttention continues rows by several tokens only one row at a time,
         so such a step runs its rows in turn.
@@ -132,10 +142,10 @@ class OnnxRuntimeSession:
                 ).copy()
                 for b in range(batch_size)
             ]
-            return np.concatenate(rows)
+            return StepLogits(np.concatenate(rows))
         is_decode = self._decode is not None and num_tokens == 1 == logits_index.shape[1]
         graph = self._decode if self._decode is not None and is_decode else self._prefill
-        return graph.run(input_ids, input_pos, logits_index, cache)
+        return StepLogits(graph.run(input_ids, input_pos, logits_index, cache))
 
     def close(self) -> None:
         """Free the model; the session cannot be used afterwards."""
@@ -143,7 +153,7 @@ class OnnxRuntimeSession:
         if self._decode is not None:
             self._decode.close()
 
-    def _allocate(self, shape: Shape, dtype: "np.dtype[Any]") -> tuple[int, object]:
+    def _allocate(self, shape: Shape, dtype: DType) -> tuple[int, object]:
         # On a CPU the value shares the array's memory, which the system hands out page by page: room
         # for tokens that never come costs nothing. Elsewhere it is a copy on the device.
         zeros = np.zeros(shape, dtype)
@@ -235,7 +245,7 @@ class _Graph:
         kind, index = self.device.kind, self.device.index
         presents = [spec for spec in self._spec.outputs if spec.name != LOGITS]
         for tensor, present in zip(cache.tensors, presents, strict=True):
-            place = (kind, index, tensor.dtype, tensor.shape, tensor.address)
+            place = (kind, index, np.dtype(tensor.dtype), tensor.shape, tensor.address)
             self._binding.bind_input(tensor.name, *place)
             self._binding.bind_output(present.name, *place)
         self._bound_cache = cache

@@ -1,5 +1,6 @@
 """What every backend does: `Session` runs one step, `KVCache` is the memory between steps."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -30,6 +31,35 @@ class KVCache(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLimits:
+    """What a session cannot go beyond; None where it is made for any size.
+
+    Attributes:
+        max_batch_size: Most rows of a step.
+        max_seq_len: Most tokens of a row in the KV cache.
+        max_step_tokens: Most tokens of a row in one step.
+    """
+
+    max_batch_size: int | None = None
+    max_seq_len: int | None = None
+    max_step_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits of the whole vocabulary, or the largest of them.
+
+    Attributes:
+        logits: float32 [B, L, C]. A position with a logit that is NaN or infinite has one among these.
+        token_ids: int64 [B, L, C], whose logits they are, in any order; None if C is V and they are
+            those of the tokens 0, 1, ..., V - 1.
+    """
+
+    logits: Array
+    token_ids: Array | None = None
+
+
 class Session(Protocol):
     """A loaded model that runs one step at a time."""
 
@@ -43,10 +73,16 @@ class Session(Protocol):
         """The array library of the logits, as array-api-compat gives it."""
         ...
 
+    @property
+    def limits(self) -> SessionLimits:
+        """What the session cannot go beyond."""
+        ...
+
     def new_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """Allocate a cache.
 
         Raises:
+            RequestError: It is larger than `limits` allow.
             SessionError: There is not enough memory.
         """
         ...
@@ -57,22 +93,28 @@ class Session(Protocol):
         input_pos: Int64Array,
         logits_index: Int64Array,
         cache: KVCache,
-    ) -> Array:
+        *,
+        num_candidates: int | None = None,
+    ) -> StepLogits:
         """Run S tokens of each row and write their keys and values into the cache.
 
         Rows shorter than S are padded on the right with any token; what the padding wrote is
-        overwritten by the row's next token and never seen before that.
+        overwritten by the row's next token and never seen before that. The same step run again writes
+        the same and gives the same.
 
         Args:
             input_ids: int64 [B, S], each below V.
             input_pos: int64 [B], tokens each row has in the cache already; input_pos + S <= T.
             logits_index: int64 [B, L], the positions among the S whose logits are wanted.
             cache: Of B rows, from this session's `new_cache`.
+            num_candidates: How many of the largest logits suffice; None for all. A session may give
+                more, or all.
 
         Returns:
-            float32 [B, L, V] in memory that the next step may write again.
+            Logits in memory that the next step may write again.
 
         Raises:
+            RequestError: The step is larger than `limits` allow.
             SessionError: The backend failed, or the cache is not one of this session's.
         """
         ...

@@ -14,7 +14,12 @@ from gemma_deploy.graph_spec import DType
 from gemma_deploy.model.heads import GemmaForCausalLM
 from gemma_deploy.model.kv_cache import StaticCache
 from gemma_deploy.runtime.devices import Device
-from gemma_deploy.runtime.sessions.session import Int64Array, KVCache
+from gemma_deploy.runtime.sessions.session import (
+    Int64Array,
+    KVCache,
+    SessionLimits,
+    StepLogits,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,10 +58,12 @@ class TorchSession:
     Attributes:
         config: The model.
         xp: torch; logits are on the model's device.
+        limits: None.
         device: What the model runs on, `cpu` or `cuda`.
     """
 
     xp = array_api_torch
+    limits = SessionLimits()
 
     def __init__(
         self,
@@ -120,8 +127,10 @@ class TorchSession:
         input_pos: Int64Array,
         logits_index: Int64Array,
         cache: KVCache,
-    ) -> torch.Tensor:
-        """Run S tokens of each row; see `Session.step`."""
+        *,
+        num_candidates: int | None = None,  # noqa: ARG002 - the protocol's; all are on the device already
+    ) -> StepLogits:
+        """Run S tokens of each row; see `Session.step`. All logits are given."""
         if not isinstance(cache, TorchCache):
             raise SessionError(
                 f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
@@ -135,7 +144,8 @@ class TorchSession:
                 cache_position=torch.from_numpy(positions).to(self._torch_device),
             ).last_hidden_state
             index = torch.from_numpy(logits_index).to(self._torch_device)[..., None]
-            return model.logits(hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
+            picked = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+            return StepLogits(model.logits(picked))
         except (IndexError, RuntimeError) as err:
             raise SessionError(
                 f"torch failed on {self._torch_device} with {input_ids.shape[0]} rows of "

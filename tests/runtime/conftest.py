@@ -18,6 +18,7 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+from gemma_deploy.runtime.sessions.session import SessionLimits, StepLogits
 
 VOCAB_SIZE = 512
 _TEXT = """The for statement is used to iterate over the elements of a sequence, such as a string, a
@@ -125,6 +126,7 @@ class ScriptedSession:
     on_step: Callable[[int], object] = lambda _: None
     xp: Any = array_api_numpy
     is_closed: bool = False
+    limits: SessionLimits = field(default_factory=SessionLimits)
     memory: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
@@ -142,7 +144,9 @@ class ScriptedSession:
         input_pos: npt.NDArray[np.int64],
         logits_index: npt.NDArray[np.int64],
         cache: Any,
-    ) -> npt.NDArray[np.float32]:
+        *,
+        num_candidates: int | None = None,  # noqa: ARG002 - the protocol's; more may be given
+    ) -> StepLogits:
         rows, length = input_ids.shape
         assert input_pos.shape == (rows,)
         assert cache.tokens.shape[0] == rows
@@ -162,7 +166,7 @@ class ScriptedSession:
         if len(self.steps) in self.logits_at_step:
             logits[-1] = self.logits_at_step[len(self.steps)]
         self.steps.append((rows, length))
-        return logits
+        return StepLogits(logits)
 
     def close(self) -> None:
         self.is_closed = True

@@ -5,13 +5,13 @@ import pytest
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import SessionError
-from gemma_deploy.graph_spec import TensorSpec, graph_spec
+from gemma_deploy.graph_spec import DType, TensorSpec, graph_spec
 from gemma_deploy.runtime.cache_buffers import CacheBuffers
 
 CONFIG = GemmaConfig(num_hidden_layers=2, num_key_value_heads=3, num_attention_heads=3, head_dim=4)
 
 
-def allocate(shape: tuple[int, ...], dtype: "np.dtype[np.generic]") -> tuple[int, object]:
+def allocate(shape: tuple[int, ...], dtype: DType) -> tuple[int, object]:
     array = np.zeros(shape, dtype)
     return array.ctypes.data, array
 
@@ -25,7 +25,7 @@ def test_tensors_are_the_graphs_cache_inputs() -> None:
     assert (cache.batch_size, cache.max_seq_len) == (5, 7)
     assert [tensor.name for tensor in cache.tensors] == [spec.name for spec in specs()]
     assert {tensor.shape for tensor in cache.tensors} == {(5, 3, 7, 4)}
-    assert {np.dtype(tensor.dtype) for tensor in cache.tensors} == {np.dtype(np.float16)}
+    assert {tensor.dtype for tensor in cache.tensors} == {"float16"}
 
 
 def test_rows_are_the_same_memory() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gemma_deploy.errors import NonFiniteLogitsError
 from gemma_deploy.runtime.generator import BatchGeneration
 from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.sessions.session import StepLogits
 
 VOCAB_SIZE = 16
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9]]
@@ -55,11 +56,11 @@ def test_a_row_runs_no_tokens_but_its_own(scripted_session: Any) -> None:
     run_step = scripted_session.step
     stop = script(PROMPTS[0], 4)[3]
 
-    def watched(input_ids: Any, *arguments: Any) -> Any:
+    def watched(input_ids: Any, *arguments: Any, **options: Any) -> Any:
         for token_ids, row in zip(input_ids.tolist(), batch.rows, strict=True):
             # Padding and what an ended row still runs included: it may not be a stranger's.
             assert set(token_ids) <= set(row.sequence.tolist())
-        return run_step(input_ids, *arguments)
+        return run_step(input_ids, *arguments, **options)
 
     scripted_session.step = watched
     batch = start(scripted_session, PROMPTS, stop_token_ids=[stop])
@@ -152,11 +153,11 @@ def spoil(session: Any, step: int, row: int, token_id: int, value: float) -> Non
     """Make one entry of one step's logits `value`."""
     run_step = session.step
 
-    def spoiled(*arguments: Any) -> Any:
-        logits = run_step(*arguments)
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        found = run_step(*arguments, **options)
         if len(session.steps) == step + 1:
-            logits[row, 0, token_id] = value
-        return logits
+            found.logits[row, 0, token_id] = value
+        return found
 
     session.step = spoiled
 
@@ -265,7 +266,9 @@ def test_the_loop_needs_nothing_beyond_the_array_api_standard(
     expected = texts(run(scripted_session, PROMPTS, **arguments))
     run_step = scripted_session.step
     scripted_session.xp = array_api_strict
-    scripted_session.step = lambda *step: array_api_strict.asarray(run_step(*step))
+    scripted_session.step = lambda *step, **options: StepLogits(
+        array_api_strict.asarray(run_step(*step, **options).logits)
+    )
     assert texts(run(scripted_session, PROMPTS, **arguments)) == expected
 
 

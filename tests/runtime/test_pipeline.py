@@ -75,9 +75,9 @@ def test_chats_run_in_batches(pipeline: Any, monkeypatch: pytest.MonkeyPatch) ->
     sizes: list[int] = []
     step = pipeline.generator.session.step
 
-    def counted(input_ids: Any, *arguments: Any) -> Any:
+    def counted(input_ids: Any, *arguments: Any, **options: Any) -> Any:
         sizes.append(len(input_ids))
-        return step(input_ids, *arguments)
+        return step(input_ids, *arguments, **options)
 
     monkeypatch.setattr(pipeline.generator.session, "step", counted)
     pipeline([CHAT] * 3, max_new_tokens=2, do_sample=False, batch_size=2)

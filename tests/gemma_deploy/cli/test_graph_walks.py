@@ -8,6 +8,7 @@ import pytest
 from gemma_deploy.cli import graph_walks
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
 from gemma_deploy.parity import TokenRow
+from gemma_deploy.runtime.sessions.session import StepLogits
 
 VOCAB = 7
 
@@ -38,7 +39,7 @@ class SumSession:
         if self.memory is None or self.memory.shape != logits.shape:
             self.memory = logits
         self.memory[...] = logits
-        return self.memory
+        return StepLogits(self.memory)
 
     def close(self) -> None:
         """Hold nothing."""

@@ -93,7 +93,7 @@ def run_ids(session: Any, cache: Any, ids: Any, start: int, index: list[int]) ->
     rows = ids.shape[0]
     return session.step(
         ids, np.full(rows, start), np.tile(np.array(index, np.int64), (rows, 1)), cache
-    )
+    ).logits
 
 
 @pytest.mark.parametrize("use_decode_graph", [False, True])

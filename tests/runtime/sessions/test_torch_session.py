@@ -26,9 +26,10 @@ def test_ragged_rows_match_transformers(
     tokens = random_tokens(3, 21)
     index = np.array([[length - 1] for length in lengths])
     cache = session.new_cache(3, 32)
-    first = session.step(tokens[:, :20].numpy(), np.zeros(3, np.int64), index, cache)
+    first = session.step(tokens[:, :20].numpy(), np.zeros(3, np.int64), index, cache).logits
     following = tokens[range(3), lengths][:, None]
-    second = session.step(following.numpy(), np.array(lengths), np.zeros((3, 1), np.int64), cache)
+    starts = np.array(lengths)
+    second = session.step(following.numpy(), starts, np.zeros((3, 1), np.int64), cache).logits
     model = oracle(folder)
     for row, length in enumerate(lengths):
         with torch.no_grad():
@@ -42,11 +43,11 @@ def test_rows_of_a_cache_share_its_memory(text_checkpoint: Any, random_tokens: A
     tokens = random_tokens(2, 9).numpy()
     whole, apart = session.new_cache(2, 16), session.new_cache(2, 16)
     index = np.full((1, 1), 8)
-    together = session.step(tokens, np.zeros(2, np.int64), np.full((2, 1), 8), whole)
+    together = session.step(tokens, np.zeros(2, np.int64), np.full((2, 1), 8), whole).logits
     for row in (1, 0):
         part = apart.rows(row, row + 1)
         assert (part.batch_size, part.max_seq_len) == (1, 16)
-        alone = session.step(tokens[row : row + 1], np.zeros(1, np.int64), index, part)
+        alone = session.step(tokens[row : row + 1], np.zeros(1, np.int64), index, part).logits
         torch.testing.assert_close(alone[0], together[row], atol=TOLERANCE, rtol=0)
     for key, other in zip(whole.static.keys, apart.static.keys, strict=True):
         torch.testing.assert_close(key[:, :, :9], other[:, :, :9], atol=TOLERANCE, rtol=0)
@@ -95,7 +96,7 @@ def test_dtype_and_threads(text_checkpoint: Any) -> None:
     cache = session.new_cache(1, 4)
     assert cache.static.keys[0].dtype == torch.bfloat16
     one = np.ones((1, 1), np.int64)
-    logits = session.step(one, np.zeros(1, np.int64), np.zeros((1, 1), np.int64), cache)
+    logits = session.step(one, np.zeros(1, np.int64), np.zeros((1, 1), np.int64), cache).logits
     assert logits.dtype == torch.float32
 
 
