@@ -22,14 +22,16 @@ class BatchRunner:
 
         Args:
             session: What runs the steps.
-            max_seq_len: Capacity of the cache, in tokens; None for what each call needs.
-            limit: Longest sequence the model is made for, in tokens.
-            prefill_chunk: Most tokens of a prompt in one step.
+            max_seq_len: Capacity of the cache, in tokens; None for what each call needs, or for the
+                session's where that is fixed.
+            limit: Longest sequence the model and the session are made for, in tokens.
+            prefill_chunk: Most tokens of a prompt in one step, where the session takes as many.
         """
+        limits = session.limits
         self._session = session
-        self._max_seq_len = max_seq_len
+        self._max_seq_len = limits.max_seq_len if max_seq_len is None else max_seq_len
         self._limit = limit
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = min(prefill_chunk, limits.max_step_tokens or prefill_chunk)
         self._cache: KVCache | None = None
         self._batch: BatchGeneration | None = None
 

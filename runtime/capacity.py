@@ -38,7 +38,7 @@ def cache_capacity(
         max_new_tokens: Most tokens to generate; where they do not fit, generation ends with the
             cache.
         max_seq_len: The capacity the user wants; None for what the prompts need.
-        limit: Longest sequence the model is made for.
+        limit: Longest sequence the model, or the engine that runs it, is made for.
 
     Raises:
         PromptTooLongError: A prompt does not fit.
@@ -47,7 +47,8 @@ def cache_capacity(
     for number, prompt in enumerate(prompts):
         if len(prompt) > capacity:
             remedy = (
-                "shorten it; the model is not made for longer sequences"
+                "shorten it; the model (or its engine, which a larger --max-seq-len builds) is not made "
+                "for longer sequences"
                 if capacity >= limit
                 else f"shorten it, or choose a larger max_seq_len (up to {limit:,})"
             )
@@ -62,7 +63,7 @@ def cache_capacity(
 
 
 def check_max_seq_len(max_seq_len: int | None, limit: int) -> None:
-    """Refuse a capacity below one token or beyond what the model is made for.
+    """Refuse a capacity below one token or beyond what the model or its engine is made for.
 
     Raises:
         RequestError: Stating the limit.
@@ -70,5 +71,5 @@ def check_max_seq_len(max_seq_len: int | None, limit: int) -> None:
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise RequestError(
             f"max_seq_len is {max_seq_len:,}; this model is made for 1 to {limit:,} tokens "
-            "(max_position_embeddings in its config)"
+            "(max_position_embeddings in its config, or --max-seq-len of the engine's build)"
         )

@@ -1,4 +1,4 @@
-"""Where a model comes from: a bundle folder or a checkpoint folder, told apart and opened."""
+"""Where a model comes from: the folder of a bundle, an engine or a checkpoint, told apart and opened."""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +8,8 @@ from typing import Any
 
 from gemma_deploy.bundle import GENERATION_FILE, MANIFEST_FILE, Bundle
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder
+from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
 
 
@@ -17,7 +19,8 @@ class ModelSource:
 
     Attributes:
         folder: The folder.
-        bundle: The opened bundle; None for a checkpoint.
+        bundle: The opened bundle; None for anything else.
+        engine: The opened engine, packed to be shipped; None for anything else.
         config: The model.
         generation_config: Contents of generation_config.json; empty without one.
         max_seq_len: Longest sequence the model is made for, in tokens.
@@ -25,17 +28,19 @@ class ModelSource:
 
     folder: Path
     bundle: Bundle | None
+    engine: EngineFolder | None
     config: GemmaConfig
     generation_config: Mapping[str, Any]
     max_seq_len: int
 
     @classmethod
     def open(cls, path: Path) -> "ModelSource":
-        """Open a bundle (it has a manifest.json) or a checkpoint (it has a config.json).
+        """Open a bundle (manifest.json), a packed engine (engine.json) or a checkpoint (config.json).
 
         Raises:
-            RequestError: The path is neither.
+            RequestError: The path is none of them, or an engine without its tokenizer.
             BundleError: The bundle is damaged.
+            EngineError: The engine is damaged.
             ConfigError: The checkpoint's config is not a Gemma's.
             CheckpointError: generation_config.json cannot be read.
         """
@@ -44,19 +49,40 @@ class ModelSource:
             return cls(
                 folder=path,
                 bundle=bundle,
+                engine=None,
                 config=bundle.config,
                 generation_config=bundle.generation_config(),
                 max_seq_len=bundle.manifest.max_seq_len,
             )
+        if (path / ENGINE_FILE).is_file():
+            return cls._of_engine(EngineFolder.open(path))
         if not (path / CONFIG_FILE).is_file():
             raise RequestError(_explain_missing(path))
         config = GemmaConfig.from_file(path)
         return cls(
             folder=path,
             bundle=None,
+            engine=None,
             config=config,
             generation_config=_generation_config(path / GENERATION_FILE),
             max_seq_len=config.max_position_embeddings,
+        )
+
+    @classmethod
+    def _of_engine(cls, engine: EngineFolder) -> "ModelSource":
+        if not is_packed(engine):
+            raise RequestError(
+                f"{engine.folder} is an engine without a tokenizer: give the bundle it is in, "
+                f"{engine.folder.parent.parent} with --backend {engine.manifest.build.flavour}, or "
+                "pack it with `gemma-deploy pack`"
+            )
+        return cls(
+            folder=engine.folder,
+            bundle=None,
+            engine=engine,
+            config=engine.manifest.model,
+            generation_config=engine.generation_config(),
+            max_seq_len=engine.manifest.build.limits.max_seq_len,
         )
 
     @property

@@ -62,19 +62,20 @@ class TextGenerator:
             prefill_chunk: Most tokens of a prompt in one step.
 
         Raises:
-            RequestError: `max_seq_len` is beyond what the model is made for.
+            RequestError: `max_seq_len` is beyond what the model or the session is made for.
         """
-        check_max_seq_len(max_seq_len, source.max_seq_len)
+        limit = min(source.max_seq_len, session.limits.max_seq_len or source.max_seq_len)
+        check_max_seq_len(max_seq_len, limit)
         self.session = session
         self.tokenizer = tokenizer
         self.config = source.config
-        self.max_seq_len = max_seq_len or source.max_seq_len
+        self.max_seq_len = max_seq_len or limit
         self.generation_config: Mapping[str, Any] = source.generation_config
         self.eos_token_ids = source.eos_token_ids
         self._runner = BatchRunner(
             session,
             max_seq_len=max_seq_len,
-            limit=source.max_seq_len,
+            limit=limit,
             prefill_chunk=prefill_chunk,
         )
 
@@ -91,8 +92,14 @@ class TextGenerator:
         """Load a model and its tokenizer; see `gemma_deploy.load`."""
         check_max_seq_len(max_seq_len, source.max_seq_len)
         tokenizer = GemmaTokenizer.from_pretrained(source.folder)
-        session = create_session(source, backend=backend, device=device, threads=threads)
-        return cls(session, tokenizer, source, max_seq_len=max_seq_len)
+        session = create_session(
+            source, backend=backend, device=device, threads=threads, max_seq_len=max_seq_len
+        )
+        try:
+            return cls(session, tokenizer, source, max_seq_len=max_seq_len)
+        except RequestError:
+            session.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -122,7 +129,8 @@ class TextGenerator:
         Args:
             prompts: One prompt or several.
             options: How to choose tokens and when to stop; None for greedy decoding.
-            batch_size: Most prompts that run at a time; it changes speed and memory, not the text.
+            batch_size: Most prompts that run at a time, where the session takes as many; it changes
+                speed and memory, not the text.
             is_cancelled: Asked before each step; True ends the call as Ctrl-C does.
             **overrides: Fields of `GenerationOptions` that replace those of `options`.
 
@@ -221,6 +229,7 @@ class TextGenerator:
         """Check everything at once; run a batch when its first result is asked for."""
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
+        batch_size = min(batch_size, self.session.limits.max_batch_size or batch_size)
         ids = [prompt.token_ids for prompt in prompts]
         capacity = self._runner.capacity(ids, options) if prompts else 0
         stops = self._stop_token_ids(options)

@@ -33,10 +33,12 @@ def runtime_options(function: Function) -> Function:
         ),
         click.option(
             "--backend",
-            type=click.Choice(["auto", "onnxruntime", "torch"]),
+            type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]),
             default="auto",
             show_default=True,
-            help="onnxruntime runs bundles, torch runs checkpoints; auto takes what fits.",
+            help="onnxruntime runs bundles, torch runs checkpoints, tensorrt and tensorrt-rtx run the "
+            "engines that `gemma-deploy build` put into a bundle; auto takes onnxruntime, torch, or "
+            "what a packed engine is for.",
         ),
     )
     return _decorated(function, decorators)

@@ -1,47 +1,84 @@
 """Backends by name; each is imported only when it is asked for."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.tensorrt import FLAVOURS, Flavour
 
-Creator = Callable[[ModelSource, Device, int | None], Session]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRequest:
+    """What a backend is to load.
+
+    Attributes:
+        source: The model's folder.
+        device: Where to run.
+        threads: Threads of the CPU kernels; None leaves it to the backend.
+        max_seq_len: The KV cache that will be wanted, in tokens; None for any.
+    """
+
+    source: ModelSource
+    device: Device
+    threads: int | None
+    max_seq_len: int | None
+
+
+Creator = Callable[[SessionRequest], Session]
 
 
 def create_session(
-    source: ModelSource, *, backend: str = "auto", device: str = "auto", threads: int | None = None
+    source: ModelSource,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    max_seq_len: int | None = None,
 ) -> Session:
     """Load a model.
 
     Args:
-        source: A bundle or checkpoint.
-        backend: A name from `BACKENDS`, or `auto`: onnxruntime for a bundle, torch for a checkpoint.
+        source: A bundle, checkpoint or packed engine.
+        backend: A name from `BACKENDS`, or `auto`: onnxruntime for a bundle, torch for a checkpoint,
+            and an engine's own.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: Threads of the CPU kernels, at least 1; None leaves it to the backend.
+        max_seq_len: The KV cache that will be wanted, in tokens: only engines of at least that are
+            considered. None for any.
 
     Raises:
         RequestError: An unknown backend or device, or a backend that cannot run this folder.
         BackendUnavailableError: The backend's package or the device is not here.
+        EngineError: No engine of the bundle fits.
         SessionError: The backend failed to load the model.
     """
     if backend == "auto":
-        backend = "torch" if source.bundle is None else "onnxruntime"
+        backend = _natural_backend(source)
     if backend not in BACKENDS:
         raise RequestError(f"backend is {backend!r}; expected auto, {', '.join(sorted(BACKENDS))}")
     if threads is not None and threads < 1:
         raise RequestError(f"threads is {threads}; it must be at least 1")
-    return BACKENDS[backend](source, Device.parse(device), threads)
+    request = SessionRequest(
+        source=source, device=Device.parse(device), threads=threads, max_seq_len=max_seq_len
+    )
+    return BACKENDS[backend](request)
 
 
-def _onnxruntime(source: ModelSource, device: Device, threads: int | None) -> Session:
+def _natural_backend(source: ModelSource) -> str:
+    if source.engine is not None:
+        return source.engine.manifest.build.flavour
+    return "torch" if source.bundle is None else "onnxruntime"
+
+
+def _onnxruntime(request: SessionRequest) -> Session:
+    source = request.source
     if source.bundle is None:
-        raise RequestError(
-            f"{source.folder} is a checkpoint; the onnxruntime backend runs bundles: "
-            f"`gemma-deploy export {source.folder} --output BUNDLE` makes one"
-        )
+        raise RequestError(f"{_described(source)}; the onnxruntime backend runs bundles")
     try:
         from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
     except ImportError as err:
@@ -49,14 +86,15 @@ def _onnxruntime(source: ModelSource, device: Device, threads: int | None) -> Se
             f"the onnxruntime backend cannot be imported: {err}. pip install onnxruntime-gpu "
             "(onnxruntime on macOS)"
         ) from err
-    return OnnxRuntimeSession(source.bundle, device=device, threads=threads)
+    return OnnxRuntimeSession(source.bundle, device=request.device, threads=request.threads)
 
 
-def _torch(source: ModelSource, device: Device, threads: int | None) -> Session:
-    if source.bundle is not None:
+def _torch(request: SessionRequest) -> Session:
+    source = request.source
+    if source.bundle is not None or source.engine is not None:
         raise RequestError(
-            f"{source.folder} is a bundle; the torch backend runs checkpoints: give the folder the "
-            "bundle was exported from, or use the backend onnxruntime"
+            f"{_described(source)}; the torch backend runs checkpoints: give the folder it was "
+            f"exported from, or use the backend {_natural_backend(source)}"
         )
     try:
         from gemma_deploy.runtime.sessions.torch_session import TorchSession
@@ -64,8 +102,58 @@ def _torch(source: ModelSource, device: Device, threads: int | None) -> Session:
         raise BackendUnavailableError(
             f"the torch backend cannot be imported: {err}. pip install torch"
         ) from err
-    return TorchSession(source.folder, device=device, threads=threads)
+    return TorchSession(source.folder, device=request.device, threads=request.threads)
 
 
-BACKENDS: Mapping[str, Creator] = MappingProxyType({"onnxruntime": _onnxruntime, "torch": _torch})
+def _tensorrt(flavour: Flavour, request: SessionRequest) -> Session:
+    from gemma_deploy.runtime.sessions.engine_choice import choose_engine, engines_of_flavour
+    from gemma_deploy.runtime.sessions.tensorrt_session import TensorRTSession
+    from gemma_deploy.tensorrt import load_library
+    from gemma_deploy.tensorrt.gpu import require_gpu
+
+    source, device = request.source, request.device
+    if device.kind == "cpu":
+        raise RequestError(f"the {flavour} backend runs on NVIDIA GPUs; device is cpu: use cuda")
+    engine = source.engine
+    if engine is not None and engine.manifest.build.flavour != flavour:
+        raise RequestError(
+            f"{_described(source)}; it cannot be run by the {flavour} backend: leave the backend out"
+        )
+    if engine is None:
+        if source.bundle is None:
+            raise RequestError(
+                f"{_described(source)}, and then `gemma-deploy build BUNDLE --backend {flavour}` the "
+                f"engine that the {flavour} backend runs"
+            )
+        engines = engines_of_flavour(source.bundle, flavour)
+        library_version = load_library(flavour).version
+        engine = choose_engine(
+            engines,
+            source.bundle,
+            library_version=library_version,
+            gpu=require_gpu(flavour, device.index),
+            max_seq_len=request.max_seq_len,
+        )
+    return TensorRTSession(engine, device=device)
+
+
+def _described(source: ModelSource) -> str:
+    """Return what a folder is, for an error that tells what it is not."""
+    if source.engine is not None:
+        return f"{source.folder} is an engine for {source.engine.manifest.build.flavour}"
+    if source.bundle is not None:
+        return f"{source.folder} is a bundle"
+    return (
+        f"{source.folder} is a checkpoint: `gemma-deploy export {source.folder} --output BUNDLE` "
+        "makes a bundle of it"
+    )
+
+
+BACKENDS: Mapping[str, Creator] = MappingProxyType(
+    {
+        "onnxruntime": _onnxruntime,
+        "torch": _torch,
+        **{flavour: partial(_tensorrt, flavour) for flavour in FLAVOURS},
+    }
+)
 """Every backend's name and what creates a session of it."""

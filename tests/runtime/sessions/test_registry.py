@@ -25,7 +25,7 @@ def test_auto_takes_what_the_folder_is_for(text_bundle: Any, text_checkpoint: An
         (
             "bundle",
             {"backend": "tensorflow"},
-            "backend is 'tensorflow'; expected auto, onnxruntime, torch",
+            "backend is 'tensorflow'; expected auto, onnxruntime, tensorrt, tensorrt-rtx, torch",
         ),
         ("bundle", {"threads": 0}, "threads is 0; it must be at least 1"),
         ("bundle", {"device": "gpu"}, "device is 'gpu'"),
