@@ -1,0 +1,1 @@
+"""Rewrites of TensorRT graphs between export and engine, one per file."""
