@@ -92,3 +92,63 @@ def test_rows_do_not_mix() -> None:
 )
 def test_options_name_the_method(options: GenerationOptions, expected: object) -> None:
     assert sampling_method(options) == expected
+
+
+def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest logits of each row, in descending order, and whose they are."""
+    token_ids = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    return np.take_along_axis(logits, token_ids, axis=-1), token_ids
+
+
+@pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        GenerationOptions(),
+        GenerationOptions(top_k=1),
+        GenerationOptions(top_k=7, temperature=1.7),
+        GenerationOptions(top_k=40, temperature=2.5, top_p=0.8),
+    ],
+)
+def test_the_largest_logits_choose_what_all_choose(
+    options: GenerationOptions, to_array: Any
+) -> None:
+    method = sampling_method(options)
+    assert method.num_candidates is not None
+    logits = random_logits(60)
+    uniforms = np.random.default_rng(1).random(60).tolist()
+    for count in (method.num_candidates, 200):
+        found, token_ids = largest(logits, count)
+        assert all(method.is_decided_by(to_array(row)) for row in found)
+        chosen = method(to_array(found), uniforms, to_array(token_ids))
+        assert chosen == method(to_array(logits), uniforms)
+
+
+def test_an_equal_of_the_last_calls_for_all_logits() -> None:
+    method = Sampled((TopK(2),))
+    assert method.num_candidates == 3
+    assert method.is_decided_by(np.array([3, 2, 1], np.float32))
+    # Those that were not given may be 2 as well, and top-k keeps equals.
+    assert not method.is_decided_by(np.array([3, 2, 2], np.float32))
+    assert not method.is_decided_by(np.array([3, 2, 2, 2], np.float32))
+    assert method.is_decided_by(np.array([3, 2, 2, 1], np.float32))
+    assert not method.is_decided_by(np.array([3, 2], np.float32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GenerationOptions(temperature=1.0),
+        GenerationOptions(top_p=0.5),
+        GenerationOptions(temperature=0.5, top_p=0.5),
+    ],
+)
+def test_what_weighs_the_whole_vocabulary_needs_all_logits(options: GenerationOptions) -> None:
+    assert sampling_method(options).num_candidates is None
+
+
+@pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
+def test_greedy_takes_the_lowest_of_equals(to_array: Any) -> None:
+    logits = to_array(np.array([[5, 5, 1], [2, 7, 7]], np.float32))
+    token_ids = to_array(np.array([[9, 4, 3], [1, 8, 6]]))
+    assert Greedy()(logits, [0.0, 0.0], token_ids) == [4, 6]
