@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.model.rotary import apply_rotary
+from gemma_deploy.ops.attention_kernels import are_supported, attend_on_gpu
 
 OP_NAME: Final = "gemma_deploy::static_cache_attention"
 INPUTS: Final = (
@@ -150,7 +151,8 @@ Rotates query and key, writes S rows per batch row into copies of the caches at 
 attends: query i of row b sees cache slots j <= input_pos[b] + i, and with a window only
 j > input_pos[b] + i - sliding_window. Importing this module registers it as
 `torch.ops.gemma_deploy.static_cache_attention`. Nothing is changed in place: the caches returned
-are new tensors (a graph binds them to the memory of its inputs).
+are new tensors (a graph binds them to the memory of its inputs). On a GPU, float16 and bfloat16 run
+the kernels of `gemma_deploy.plugins.attention`, where Triton is installed.
 
 Args:
     query: [B, S, N, H], not rotated.
@@ -164,8 +166,32 @@ Args:
     scale, softcap, sliding_window: See `StaticCacheAttentionAttributes`.
 
 Raises:
-    RequestError: If rows would be written past the caches' capacity (eager execution only).
+    RequestError: If rows would be written past the caches' capacity (eager execution only, and not
+        while a CUDA graph is captured, when nothing may be read back).
 """
+
+
+@static_cache_attention.register_kernel("cuda")
+def _(*inputs: Tensor, **attributes: float) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, key_cache, value_cache, cos, sin, input_pos = inputs
+    if not are_supported(query, key_cache):
+        return _static_cache_attention(*inputs, **attributes)  # type: ignore[arg-type]  # as the schema says
+    values = StaticCacheAttentionAttributes(**attributes)  # type: ignore[arg-type]  # as the schema says
+    positions = input_pos[:, None] + torch.arange(query.shape[1], device=query.device)  # [B, S]
+    if not torch.cuda.is_current_stream_capturing():
+        _checked_length(positions, key_cache.shape[2])
+    key_cache = _written(key_cache, apply_rotary(key, cos, sin), positions)
+    value_cache = _written(value_cache, value, positions)
+    output = attend_on_gpu(
+        apply_rotary(query, cos, sin),
+        key_cache,
+        value_cache,
+        input_pos,
+        values.scale,
+        values.softcap,
+        values.sliding_window,
+    )
+    return output, key_cache, value_cache
 
 
 @static_cache_attention.register_fake
