@@ -1,9 +1,10 @@
 """What a machine can run, judged from its facts, with the remedy for what it cannot."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
+from gemma_deploy.capability import Capability
+from gemma_deploy.doctor_tensorrt import tensorrt_capabilities
 from gemma_deploy.machine import Machine
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
@@ -12,26 +13,8 @@ CPU_PROVIDER: Final = "CPUExecutionProvider"
 _ORT_PACKAGES: Final = ("onnxruntime", "onnxruntime-gpu")
 # Where onnxruntime-gpu has wheels; pyproject.toml requires it there and onnxruntime elsewhere.
 _ORT_GPU_SYSTEMS: Final = ("Linux x86_64", "Linux aarch64", "Windows AMD64")
-_TENSORRT_CAPABILITY: Final = (7, 5)
 _NO_DRIVER: Final = "no NVIDIA driver on this machine"
 _DRIVER_REMEDY: Final = "needs an NVIDIA GPU and its driver: https://www.nvidia.com/drivers"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capability:
-    """One thing that may be done with gemma-deploy.
-
-    Attributes:
-        name: What it is.
-        is_available: Whether this machine can do it.
-        detail: Why, or with what.
-        remedy: What to run or do to make it available; None where nothing is needed or helps.
-    """
-
-    name: str
-    is_available: bool
-    detail: str
-    remedy: str | None = None
 
 
 def capabilities(machine: Machine) -> list[Capability]:
@@ -42,11 +25,9 @@ def capabilities(machine: Machine) -> list[Capability]:
         _onnxruntime_cuda,
         _torch_cpu,
         _torch_cuda,
-        _tensorrt,
-        _tensorrt_rtx,
         _hub,
     )
-    return [judge(machine) for judge in judges]
+    return [judge(machine) for judge in judges] + tensorrt_capabilities(machine)
 
 
 def warnings(machine: Machine) -> list[str]:
@@ -143,34 +124,6 @@ def _torch_cuda(machine: Machine) -> Capability:
             remedy="see https://pytorch.org/get-started/locally",
         )
     return Capability(name=name, is_available=True, detail=f"built for CUDA {machine.torch_cuda}")
-
-
-def _tensorrt(machine: Machine) -> Capability:
-    return _tensorrt_flavour(machine, "TensorRT library", "tensorrt")
-
-
-def _tensorrt_rtx(machine: Machine) -> Capability:
-    return _tensorrt_flavour(machine, "TensorRT for RTX library", "tensorrt-rtx")
-
-
-def _tensorrt_flavour(machine: Machine, name: str, package: str) -> Capability:
-    version = machine.packages.get(package)
-    if version is None:
-        # Building is possible without a GPU, so the library comes first.
-        return Capability(
-            name=name,
-            is_available=False,
-            detail=f"{package} not installed",
-            remedy=f'pip install "gemma-deploy[{package}]"',
-        )
-    if not machine.gpus:
-        return _without_gpu(name, machine)
-    gpu = machine.gpus[0]
-    if gpu.compute_capability < _TENSORRT_CAPABILITY:
-        major, minor = gpu.compute_capability
-        detail = f"{gpu.name} has compute capability {major}.{minor}; 7.5 or newer is needed"
-        return Capability(name=name, is_available=False, detail=detail)
-    return Capability(name=name, is_available=True, detail=f"{version} on {gpu.name}")
 
 
 def _hub(machine: Machine) -> Capability:

@@ -1,7 +1,7 @@
 """The facts about this machine that decide what it can run: `Machine`, read by `read_machine`.
 
 Packages are looked up by their metadata, not imported (onnxruntime excepted: only a session tells
-which execution providers work), and the GPU is asked through the driver library itself.
+which execution providers work; and TensorRT, which takes a tenth of a second), and the GPU is asked through the driver library itself.
 """
 
 import contextlib
@@ -19,6 +19,9 @@ from types import ModuleType
 from typing import Final
 
 from gemma_deploy.cuda_driver import Gpu, read_driver
+from gemma_deploy.errors import BackendUnavailableError
+from gemma_deploy.tensorrt import FLAVOURS, Flavour, load_library
+from gemma_deploy.tensorrt.gpu import cuda_major
 
 PACKAGES: Final = (
     "gemma-deploy",
@@ -33,6 +36,8 @@ PACKAGES: Final = (
     "huggingface_hub",
     "tensorrt",
     "tensorrt-rtx",
+    "cuda-bindings",
+    "triton",
 )
 # The instructions that ONNX Runtime's kernels choose by.
 _CPU_FEATURES: Final = (
@@ -85,6 +90,9 @@ class Machine:
         compiled_providers: Execution providers that onnxruntime was built with.
         working_providers: Those that a session on this machine really gets.
         onnxruntime_error: Why onnxruntime cannot be used, or None.
+        tensorrt_errors: Why a flavour of TensorRT that is installed cannot be imported.
+        tensorrt_cuda: Major version of CUDA that an installed flavour was built for, where its packages
+            say so.
     """
 
     system: str
@@ -101,6 +109,8 @@ class Machine:
     compiled_providers: tuple[str, ...]
     working_providers: tuple[str, ...]
     onnxruntime_error: str | None
+    tensorrt_errors: Mapping[str, str]
+    tensorrt_cuda: Mapping[str, int]
 
 
 def read_machine() -> Machine:
@@ -108,6 +118,8 @@ def read_machine() -> Machine:
     cpu, features = _read_cpu()
     driver, gpus = read_driver()
     compiled, working, error = _read_providers()
+    packages = _versions()
+    flavours = [flavour for flavour in FLAVOURS if flavour in packages]
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -116,13 +128,15 @@ def read_machine() -> Machine:
         cores=_cores(),
         memory_bytes=_memory_bytes(),
         free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
-        packages=_versions(),
+        packages=packages,
         torch_cuda=_torch_cuda(),
         cuda_driver=driver,
         gpus=gpus,
         compiled_providers=compiled,
         working_providers=working,
         onnxruntime_error=error,
+        tensorrt_errors={x: why for x in flavours if (why := _tensorrt_error(x)) is not None},
+        tensorrt_cuda={x: major for x in flavours if (major := cuda_major(x)) is not None},
     )
 
 
@@ -134,6 +148,15 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _tensorrt_error(flavour: Flavour) -> str | None:
+    """Return why a flavour cannot be imported; its metadata may outlive half of its files."""
+    try:
+        load_library(flavour)
+    except BackendUnavailableError as err:
+        return str(err)
+    return None
 
 
 def _torch_cuda() -> str | None:

@@ -1,14 +1,22 @@
 """`gemma-deploy doctor`: what this machine can run."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
 
 if TYPE_CHECKING:
+    from gemma_deploy.capability import Capability
     from gemma_deploy.machine import Machine
+
+_MARKS: Final[Mapping[bool | None, str]] = MappingProxyType(
+    {True: "yes", False: "no ", None: "???"}
+)
 
 
 @click.command(
@@ -17,38 +25,53 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-deploy doctor
+  gemma-deploy doctor gemma-2b
   gemma-deploy doctor --json | jq '.capabilities[] | select(.is_available)'
 """,
 )
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
-def command(*, as_json: bool) -> None:
+def command(*, folder: Path | None, as_json: bool) -> None:
     """Tell what this machine can run and how to install what is missing.
+
+    With FOLDER, a bundle or a packed engine, also tell whether its TensorRT engines would load here.
+    "???" marks what only a GPU and its driver could tell.
 
     An execution provider counts only if a session really gets it here: what onnxruntime was
     compiled with says nothing about this machine. Exits with 1 if bundles cannot run at all.
     """
     from gemma_deploy.doctor import CPU_PROVIDER, capabilities, warnings
+    from gemma_deploy.doctor_tensorrt import engine_verdicts
     from gemma_deploy.machine import read_machine
 
     machine = read_machine()
     found, alerts = capabilities(machine), warnings(machine)
+    engines = [] if folder is None else engine_verdicts(folder, machine)
     if as_json:
         judged = [dataclasses.asdict(capability) for capability in found]
         report = {"machine": dataclasses.asdict(machine), "capabilities": judged}
+        report |= {"engines": [dataclasses.asdict(verdict) for verdict in engines]}
         emit_json(report | {"warnings": alerts}, indent=1)
     else:
         emit_table(_facts(machine), title="This machine")
         emit_table([(k, machine.packages[k]) for k in machine.packages], title="Packages")
-        click.secho("What it can run", bold=True)
-        for capability in found:
-            mark = "yes" if capability.is_available else "no "
-            click.echo(f"  {mark}  {capability.name}: {capability.detail}")
-            if capability.remedy:
-                click.echo(f"         -> {capability.remedy}")
+        _print_verdicts("What it can run", found)
+        if folder is not None:
+            _print_verdicts(f"Whether the engines of {folder} would load", engines)
         for alert in alerts:
             click.secho(f"Warning: {alert}", fg="yellow")
     if CPU_PROVIDER not in machine.working_providers:
         raise click.exceptions.Exit(1)
+
+
+def _print_verdicts(title: str, verdicts: "Sequence[Capability]") -> None:
+    click.secho(title, bold=True)
+    if not verdicts:
+        click.echo("  none")
+    for verdict in verdicts:
+        click.echo(f"  {_MARKS[verdict.is_available]}  {verdict.name}: {verdict.detail}")
+        if verdict.remedy:
+            click.echo(f"         -> {verdict.remedy}")
 
 
 def _facts(machine: "Machine") -> list[tuple[str, str]]:

@@ -1,10 +1,12 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import Result
 
+from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.machine import Machine
 
 SOUND = Machine(
@@ -22,6 +24,8 @@ SOUND = Machine(
     compiled_providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
     working_providers=("CPUExecutionProvider",),
     onnxruntime_error=None,
+    tensorrt_errors={},
+    tensorrt_cuda={},
 )
 
 
@@ -68,6 +72,30 @@ class TestDoctor:
         assert "no   ONNX Runtime on the CPU: libfoo is missing" in result.stdout
         assert "-> pip install --upgrade --force-reinstall onnxruntime-gpu" in result.stdout
         assert "Warning: both onnxruntime and onnxruntime-gpu are installed" in result.stdout
+
+    def test_what_cannot_be_told_is_neither_yes_nor_no(
+        self, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpu = Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 << 30)
+        packages = {**SOUND.packages, "tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5"}
+        machine = dataclasses.replace(SOUND, gpus=(gpu,), cuda_driver="13.0", packages=packages)
+        pretend(monkeypatch, machine)
+
+        result = invoke("doctor")
+
+        assert "???  running tensorrt-rtx engines: tensorrt-rtx 1.7.1 on H100" in result.stdout
+
+    def test_a_bundle_without_engines(
+        self,
+        invoke: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_bundle: Callable[[str], Path],
+    ) -> None:
+        pretend(monkeypatch, SOUND)
+        folder = str(tiny_bundle("gemma1"))
+
+        assert f"the engines of {folder} would load\n  none" in invoke("doctor", folder).stdout
+        assert json.loads(invoke("doctor", folder, "--json").stdout)["engines"] == []
 
     def test_this_machine(self, invoke: Callable[..., Result]) -> None:
         result = invoke("doctor", "--json")
