@@ -1,0 +1,228 @@
+"""Engines with `GemmaAttention` nodes, built by the library on a CPU; none can run here."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from gemma_deploy.errors import EngineBuildError, EngineError
+from gemma_deploy.plugins.attention import (
+    PLUGIN_NAME,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    register_plugin,
+)
+from gemma_deploy.plugins.attention.schedule import HEAD_DIMS, MAX_GROUP
+from gemma_deploy.tensorrt import TensorRTLibrary, load_library
+
+pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("triton")
+
+HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 4, 2, 64, 128
+TARGETS = ("8.9",)
+ATTRIBUTES: dict[str, Any] = {"scale": 0.125, "softcap": 0.0, "sliding_window": 0}
+
+
+@pytest.fixture
+def library() -> Iterator[TensorRTLibrary]:
+    library = load_library("tensorrt-rtx")
+    library.log.take_errors()
+    register_plugin(library, TARGETS)
+    yield library
+    register_plugin(library, TARGETS)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Attributes of one node, beside those by which the parser finds the plugin."""
+
+    attributes: dict[str, Any]
+
+
+def make_graph(
+    layers: Sequence[dict[str, Any]],
+    dtype: int = TensorProto.FLOAT16,
+    *,
+    num_heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
+) -> bytes:
+    """Chain layers, each a cache update and attention."""
+    query = ["B", "S", num_heads, head_dim]
+    update, cache = ["B", KV_HEADS, "S", head_dim], ["B", KV_HEADS, CAPACITY, head_dim]
+    make_value = helper.make_tensor_value_info
+    inputs = [make_value("query", dtype, query), make_value("input_pos", TensorProto.INT32, ["B"])]
+    nodes, outputs, last = [], [], "query"
+    for i, attributes in enumerate(layers):
+        for name in (f"key{i}", f"value{i}"):
+            inputs += [make_value(name, dtype, update), make_value(f"past.{name}", dtype, cache)]
+            outputs.append(make_value(f"present.{name}", dtype, cache))
+            scatter = [f"past.{name}", name, "input_pos"]
+            nodes.append(helper.make_node("TensorScatter", scatter, [outputs[-1].name], axis=2))
+        taken = [last, f"present.key{i}", f"present.value{i}", "input_pos"]
+        last = f"attention{i}"
+        found_by = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
+        node = helper.make_node(
+            PLUGIN_NAME, taken, [last], domain="gemma_deploy", name=last, **found_by, **attributes
+        )
+        nodes.append(node)
+    graph = helper.make_graph(nodes, "g", inputs, [*outputs, make_value(last, dtype, query)])
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("gemma_deploy", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def build(
+    library: TensorRTLibrary,
+    graph: bytes,
+    profiles: Sequence[tuple[int, int]] = ((4, 16),),
+    targets: Sequence[str] = TARGETS,
+) -> tuple[int | None, str]:
+    """Return the plan's size (None if there is none), and what the library said."""
+    trt, logger = library.module, library.log.logger
+    builder = trt.Builder(logger)
+    network, config = builder.create_network(0), builder.create_builder_config()
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        return None, library.log.take_errors()
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        constant = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}")
+        config.set_compute_capability(constant, index)
+    for max_batch, max_tokens in profiles:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            low, high = list(tensor.shape), list(tensor.shape)
+            low[0], high[0] = 1, max_batch
+            if -1 in high:
+                place = high.index(-1)
+                low[place], high[place] = 1, max_tokens
+            profile.set_shape(tensor.name, low, high, high)
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    return None if plan is None else plan.nbytes, library.log.take_errors()
+
+
+@pytest.mark.parametrize(
+    "profiles", [((4, 16),), ((4, 16), (4, 1))], ids=["one-profile", "two-profiles"]
+)
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "layers",
+    [[ATTRIBUTES], [ATTRIBUTES | {"sliding_window": 8}, ATTRIBUTES, ATTRIBUTES]],
+    ids=["one-layer", "three-layers"],
+)
+def test_engines_build(
+    library: TensorRTLibrary,
+    layers: list[dict[str, Any]],
+    dtype: int,
+    profiles: Sequence[tuple[int, int]],
+) -> None:
+    size, errors = build(library, make_graph(layers, dtype), profiles)
+    assert size is not None, errors
+    assert not errors
+
+
+def test_kernels_cost_little_of_a_plan(library: TensorRTLibrary) -> None:
+    sizes = [build(library, make_graph([ATTRIBUTES] * count))[0] for count in (1, 2)]
+    assert sizes[0] is not None
+    assert sizes[1] is not None
+    # The library stores a plugin's fields twice for each profile.
+    assert sizes[1] - sizes[0] < 150_000
+
+
+def test_several_targets_and_softcap(library: TensorRTLibrary) -> None:
+    targets = ("8.0", "8.9")
+    register_plugin(library, targets)
+    size, errors = build(library, make_graph([ATTRIBUTES | {"softcap": 50.0}]), targets=targets)
+    assert size is not None, errors
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ({"layers": [{"scale": 0.1}]}, "lacks the attributes softcap, sliding_window"),
+        ({"layers": [ATTRIBUTES | {"scale": 0.0}]}, "expected a positive scale"),
+        ({"layers": [ATTRIBUTES], "num_heads": 3}, "3 query heads and 2 KV heads"),
+        ({"layers": [ATTRIBUTES], "head_dim": 512}, f"head_dim of 16 to {HEAD_DIMS[-1]}"),
+        ({"layers": [ATTRIBUTES], "num_heads": 4 * MAX_GROUP}, "1 to 64 query heads per KV head"),
+    ],
+)
+def test_says_what_it_cannot_do(
+    library: TensorRTLibrary, graph: dict[str, Any], message: str
+) -> None:
+    size, errors = build(library, make_graph(**graph))
+    assert size is None
+    assert message in errors
+
+
+def test_needs_to_know_the_targets(library: TensorRTLibrary) -> None:
+    register_plugin(library)
+    size, errors = build(library, make_graph([ATTRIBUTES]))
+    assert size is None
+    assert "name them with --compute-capability" in errors
+
+
+def test_float32_has_no_kernels(library: TensorRTLibrary) -> None:
+    assert build(library, make_graph([ATTRIBUTES], TensorProto.FLOAT))[0] is None
+
+
+@pytest.mark.parametrize("target", ["89", "sm_89", "8.", "8.x"])
+def test_refuses_what_is_no_target(library: TensorRTLibrary, target: str) -> None:
+    with pytest.raises(EngineBuildError, match=f"'{target}' is no compute capability"):
+        register_plugin(library, (target,))
+
+
+def create(library: TensorRTLibrary, fields: dict[str, Any], phase: str) -> Any:
+    """Create a plugin as the library does when it reads an engine."""
+    trt = library.module
+    registry = trt.get_plugin_registry()
+    creator = registry.get_creator(PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+    kinds = {"f": "FLOAT32", "i": "INT32", "u": "UNKNOWN"}
+    arrays = {name: np.asarray(value) for name, value in fields.items()}
+    collection = trt.PluginFieldCollection(
+        [
+            trt.PluginField(name, array, getattr(trt.PluginFieldType, kinds[array.dtype.kind]))
+            for name, array in arrays.items()
+        ]
+    )
+    return creator.create_plugin("attention", collection, getattr(trt.TensorRTPhase, phase))
+
+
+def described(library: TensorRTLibrary, *dims: Sequence[int]) -> list[Any]:
+    trt = library.module
+    dtypes = [trt.bfloat16] * 3 + [trt.int32]
+    descs = [SimpleNamespace(dims=d, type=t) for d, t in zip(dims, dtypes, strict=True)]
+    return [SimpleNamespace(desc=desc, max=desc.dims) for desc in descs]
+
+
+def test_what_is_serialized_makes_the_same_plugin(library: TensorRTLibrary) -> None:
+    scalars = {
+        "scale": np.array([0.125], np.float32),
+        "softcap": np.array([30.0], np.float32),
+        "sliding_window": np.array([512], np.int32),
+    }
+    built = create(library, scalars, "BUILD")
+    cache = (4, KV_HEADS, CAPACITY, HEAD_DIM)
+    inputs = described(library, (4, 16, HEADS, HEAD_DIM), cache, cache, (4,))
+    built.configure_plugin(inputs, [])
+    fields = {field.name: field.data for field in built.get_fields_to_serialize()}
+    kernels = fields.pop("kernels").view(np.uint8)
+    assert {name: value.tolist() for name, value in fields.items()} == {
+        name: value.tolist() for name, value in scalars.items()
+    }
+    loaded = create(library, {**fields, "kernels": kernels}, "RUNTIME").attach_to_context(None)
+    again = {field.name: field.data.tobytes() for field in loaded.get_fields_to_serialize()}
+    assert again["kernels"] == kernels.tobytes()
+    loaded.on_shape_change([i.desc for i in inputs], [])
+    assert loaded.get_workspace_size(inputs, []) == built.get_workspace_size(inputs, []) > 0
+    other = described(library, (4, 16, KV_HEADS, HEAD_DIM), cache, cache, (4,))
+    with pytest.raises(EngineError, match="the plan is damaged"):
+        loaded.on_shape_change([i.desc for i in other], [])
+    kernels[100] ^= 1
+    with pytest.raises(EngineError, match="checksum is wrong"):
+        create(library, {**fields, "kernels": kernels}, "RUNTIME")
