@@ -11,41 +11,36 @@ from gemma_deploy.tensorrt import TensorRTLibrary
 _NATIVE_FEATURE: Final = "CausalMaskKind"
 
 
-def native_layers(
-    config: GemmaConfig, attention: Attention, library: TensorRTLibrary
-) -> frozenset[int]:
-    """Return the layers whose attention TensorRT's own kernels compute; the plugin has the others.
-
-    Args:
-        config: The model.
-        attention: `native`: all layers. `plugin`: none. `auto`: those without a softcap and without
-            a window, if the library has a kernel.
-        library: What builds.
+def check_attention(config: GemmaConfig, attention: Attention, library: TensorRTLibrary) -> None:
+    """Refuse native attention where TensorRT has none.
 
     Raises:
-        RequestError: `native`, and the library or TensorRT as a whole has no such kernel.
+        RequestError: The model caps attention scores, or the library is too old.
     """
-    layers = range(config.num_hidden_layers)
-    has_kernel = hasattr(library.module, _NATIVE_FEATURE)
-    if attention == "plugin":
-        return frozenset()
-    if attention == "native":
-        _check_native(config, library, has_kernel=has_kernel)
-        return frozenset(layers)
-    if not has_kernel or config.attn_logit_softcapping is not None:
-        return frozenset()
-    return frozenset(layer for layer in layers if config.window_of(layer) is None)
-
-
-def _check_native(config: GemmaConfig, library: TensorRTLibrary, *, has_kernel: bool) -> None:
+    if attention != "native":
+        return
     if config.attn_logit_softcapping is not None:
         raise RequestError(
             f"the model caps attention scores at {config.attn_logit_softcapping:g} in all "
             f"{config.num_hidden_layers} layers, which TensorRT's own attention cannot: take "
             "--attention auto or plugin"
         )
-    if not has_kernel:
+    if not has_native_attention(library):
         raise RequestError(
-            f"{library.flavour} {library.version} has no attention for a KV cache (TensorRT 11 and "
+            f"{library.flavour} {library.version} has no attention over a KV cache (TensorRT 11 and "
             "TensorRT for RTX 1.5 do): take --attention auto or plugin, or upgrade it"
         )
+
+
+def has_native_attention(library: TensorRTLibrary) -> bool:
+    """Tell whether a library can attend over a KV cache that is filled in part."""
+    return hasattr(library.module, _NATIVE_FEATURE)
+
+
+def uses_plugin(config: GemmaConfig, attention: Attention, library: TensorRTLibrary) -> bool:
+    """Tell whether any layer's attention is the plugin's: for `auto`, where native has no kernel."""
+    if attention != "auto":
+        return attention == "plugin"
+    has_window = any(config.window_of(i) is not None for i in range(config.num_hidden_layers))
+    has_softcap = config.attn_logit_softcapping is not None
+    return has_softcap or has_window or not has_native_attention(library)

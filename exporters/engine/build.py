@@ -17,13 +17,15 @@ from gemma_deploy.engine import (
     Plan,
 )
 from gemma_deploy.errors import BundleError, EngineBuildError, EngineError, ExportError
-from gemma_deploy.exporters.engine.attention import check_attention, plugin_version
+from gemma_deploy.exporters.engine.attention import check_attention, uses_plugin
 from gemma_deploy.exporters.engine.builder import OnProgress, check_features
+from gemma_deploy.exporters.engine.child import BuildRequest
 from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.exporters.engine.process import build_in_child
 from gemma_deploy.exporters.engine.resources import check_resources
 from gemma_deploy.exporters.engine.targets import choose_targets
 from gemma_deploy.graph_spec import PHASES, Phase
+from gemma_deploy.plugins.attention import PLUGIN_VERSION
 from gemma_deploy.staging import staged_folder
 from gemma_deploy.tensorrt import TensorRTLibrary, load_library
 
@@ -120,13 +122,14 @@ def plan_build(
     limits = options.limits(manifest)
     targets = choose_targets(library, options.compute_capabilities, gpus, dtype)
     check_attention(bundle.config, options.attention, library)
+    has_plugin = uses_plugin(bundle.config, options.attention, library)
     return EngineBuild(
         flavour=options.flavour,
         library_version=library.version,
         targets=targets,
         layout=options.layout,
         attention=options.attention,
-        plugin_version=plugin_version(bundle.config, options.attention, library),
+        plugin_version=PLUGIN_VERSION if has_plugin else None,
         limits=limits,
         graphs={phase: _graph_hash(bundle, phase) for phase in PHASES},
         weights=manifest.files[manifest.weights].sha256,
@@ -168,17 +171,22 @@ def _build_plans(
         plans = {phase: Plan(path=path, profile=0) for phase, path in paths.items()}
     files = {}
     for phase, path in paths.items():
-        what = "" if len(paths) == 1 else f" ({phase})"
-        files[path] = build_in_child(
-            {
-                "bundle": str(bundle.folder.absolute()),
-                "build": build.to_dict(),
-                "phase": phase,
-                "plan": str(staging / path),
-            },
-            lambda stage, done, total, what=what: on_progress(stage + what, done, total),
-        )
+        request: BuildRequest = {
+            "bundle": str(bundle.folder.absolute()),
+            "build": build.to_dict(),
+            "phase": phase,
+            "plan": str(staging / path),
+        }
+        if len(paths) == 1:
+            files[path] = build_in_child(request, on_progress)
+        else:
+            files[path] = build_in_child(request, _named(phase, on_progress))
     return plans, files
+
+
+def _named(phase: Phase, on_progress: OnProgress) -> OnProgress:
+    """Tell the stages of one plan from the other's."""
+    return lambda stage, done, total: on_progress(f"{stage} ({phase})", done, total)
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Final
 
 from gemma_deploy.bundle import Bundle, FileRecord
 from gemma_deploy.checkpoint_files import is_licence
-from gemma_deploy.engine import ENGINE_FILE, EngineFolder, build_command, engines_of
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
+from gemma_deploy.engine_fit import rebuild_advice, why_not_of
 from gemma_deploy.errors import EngineError, ExportError, RequestError
 from gemma_deploy.staging import check_replaceable, staged_folder
 from gemma_deploy.tensorrt import Flavour
@@ -95,16 +96,9 @@ def choose_engine(bundle: Bundle, flavour: Flavour, key: str | None) -> EngineFo
 
 def _check_belongs(bundle: Bundle, engine: EngineFolder) -> None:
     """Refuse an engine of a bundle that was exported again since."""
-    build, manifest = engine.manifest.build, bundle.manifest
-    graphs = {
-        phase: manifest.files[manifest.graph_file(phase, "tensorrt")].sha256
-        for phase in build.graphs
-    }
-    if build.graphs != graphs or build.weights != manifest.files[manifest.weights].sha256:
-        raise EngineError(
-            f"{engine.folder} was built from other graphs or weights than the bundle holds now: "
-            f"build it again with `{build_command(bundle.folder, build)}`"
-        )
+    reason = why_not_of(engine.manifest.build, bundle)
+    if reason is not None:
+        raise EngineError(f"{engine.folder} is out of date: {reason}; {rebuild_advice(engine)}")
 
 
 def _texts(bundle: Bundle) -> Sequence[str]:

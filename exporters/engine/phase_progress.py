@@ -45,6 +45,8 @@ class PhaseProgress:
         """Take note of a phase that ends; return the share of the build that is done."""
         with self._lock:
             self._phases.pop(name, None)
+            if self._roots == [name]:
+                self._done = 1.0
             for siblings in (self._roots, *(phase.children for phase in self._phases.values())):
                 if name in siblings:
                     siblings.remove(name)

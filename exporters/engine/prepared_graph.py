@@ -9,10 +9,12 @@ import onnx_ir as ir
 from gemma_deploy.bundle import Bundle, check_external_data
 from gemma_deploy.engine import EngineBuild, engine_spec
 from gemma_deploy.errors import EngineBuildError
-from gemma_deploy.exporters.engine.attention import use_attention
+from gemma_deploy.exporters.engine.attention import has_native_attention
+from gemma_deploy.exporters.passes.attention import use_attention
 from gemma_deploy.exporters.passes.fixed_capacity import fix_capacity
 from gemma_deploy.exporters.passes.top_logits import add_top_logits
 from gemma_deploy.graph_spec import GraphSpec, Phase
+from gemma_deploy.plugins.attention import register_plugin
 from gemma_deploy.tensorrt import TensorRTLibrary
 
 
@@ -50,7 +52,8 @@ def prepare_graph(
 ) -> tuple[PreparedGraph, GraphSpec]:
     """Rewrite a phase's graph for an engine; return it with what it takes and gives.
 
-    The cache gets its fixed length, attention its kernels, and the logits their largest ones.
+    The cache gets its fixed length, attention its kernels, and the logits their largest ones. Where
+    the plugin is needed, it is registered for the parser to find.
 
     Raises:
         BundleError: The graph points outside its files.
@@ -60,7 +63,9 @@ def prepare_graph(
     check_external_data(bundle.folder, path)
     model = ir.load(path)
     fix_capacity(model, build.limits.max_seq_len)
-    use_attention(model, build, library)
+    needs_plugin = use_attention(model, build.attention, has_native=has_native_attention(library))
+    if needs_plugin:
+        register_plugin(library, build.targets)
     add_top_logits(model, build.limits.num_candidates)
     spec = engine_spec(
         bundle.config, phase, bundle.manifest.precision_of("tensorrt").cache, build.limits
