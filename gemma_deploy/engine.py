@@ -168,8 +168,19 @@ class EngineManifest:
 
     def to_json(self) -> str:
         """Return the text of `engine.json`."""
-        body = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        body["model"] = self.model.to_dict()
+        # A model's own values are not all such that `asdict` could copy them.
+        body = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model.to_dict(),
+            "cache_dtype": self.cache_dtype,
+            "build": self.build.to_dict(),
+            "plans": {phase: dataclasses.asdict(plan) for phase, plan in self.plans.items()},
+            "tokenizer": list(self.tokenizer),
+            "generation": self.generation,
+            "model_max_seq_len": self.model_max_seq_len,
+            "files": {path: dataclasses.asdict(record) for path, record in self.files.items()},
+            "versions": dict(self.versions),
+        }
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
 
