@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS, EngineManifest
+from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS
 from gemma_deploy.errors import EngineError, SessionError
-from gemma_deploy.graph_spec import LOGITS, GraphSpec, Phase, TensorSpec
+from gemma_deploy.graph_spec import LOGITS, GraphSpec, TensorSpec
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
 from gemma_deploy.runtime.cuda_device import ALIGNMENT_BYTES
 
@@ -75,15 +75,6 @@ TENSORRT_DTYPES: Final[Mapping[str, str]] = {
     "float16": "HALF",
     "bfloat16": "BF16",
 }
-
-
-def phase_spec(manifest: EngineManifest, phase: Phase) -> GraphSpec:
-    """Return what the engine that runs a phase takes and gives.
-
-    One engine for both phases is built from the prefill graph.
-    """
-    shares_plan = manifest.plans["prefill"].path == manifest.plans["decode"].path
-    return manifest.spec("prefill" if shares_plan else phase)
 
 
 def check_tensors(spec: GraphSpec, tensors: Iterable[EngineTensor], remedy: str) -> None:
@@ -193,10 +184,7 @@ def _agree(found: EngineTensor, wanted: EngineTensor) -> bool:
     return (
         (found.is_input, found.dtype) == (wanted.is_input, wanted.dtype)
         and len(found.shape) == len(wanted.shape)
-        and all(
-            dim in {actual, -1}
-            for actual, dim in zip(found.shape, wanted.shape, strict=True)
-        )
+        and all(dim in {actual, -1} for actual, dim in zip(found.shape, wanted.shape, strict=True))
     )
 
 

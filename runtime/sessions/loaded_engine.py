@@ -15,7 +15,7 @@ from gemma_deploy.errors import SessionError
 from gemma_deploy.graph_spec import PHASES, Phase
 from gemma_deploy.runtime.cache_buffers import CacheBuffers
 from gemma_deploy.runtime.cuda_device import CudaDevice
-from gemma_deploy.runtime.sessions.engine_bindings import check_tensors, phase_spec
+from gemma_deploy.runtime.sessions.engine_bindings import check_tensors
 from gemma_deploy.runtime.sessions.engine_loading import create_runtime, load_plan, read_tensors
 from gemma_deploy.runtime.sessions.engine_step import EngineStep, Sizes, StepMemory, StepOutputs
 from gemma_deploy.tensorrt import TensorRTLibrary
@@ -55,7 +55,7 @@ class LoadedEngine:
             SessionError: The device's memory does not suffice, or the library failed.
         """
         self.is_closed = False
-        self.specs = {phase: phase_spec(engine.manifest, phase) for phase in PHASES}
+        self.specs = {phase: engine.manifest.spec(phase) for phase in PHASES}
         self._library = library
         self._folder = engine
         self._plans = engine.manifest.plans
