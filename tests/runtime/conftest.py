@@ -1,4 +1,5 @@
-"""Models with tokenizers to generate with: real tiny ones, and a session that follows a script."""
+"""Models with tokenizers to generate with: real tiny ones, engines of them really built with TensorRT
+for RTX, without a GPU, and a session that follows a script."""
 
 import json
 import shutil
@@ -15,12 +16,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.engine import EngineFolder
+from gemma_deploy.exporters.engine import BuildOptions, build_engine, pack_engine
 from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
 from gemma_deploy.runtime.sessions.session import SessionLimits, StepLogits
 
 VOCAB_SIZE = 512
+ENGINE_MAX_SEQ_LEN = 96
 _TEXT = """The for statement is used to iterate over the elements of a sequence, such as a string, a
 tuple or a list. The while statement is used for repeated execution as long as an expression is true.
 Names refer to objects. Größe, naïve, 日本語: text is Unicode.""".splitlines()
@@ -93,6 +97,46 @@ def onnxruntime_session(text_bundle: Folders) -> Sessions:
         return sessions[key]
 
     return get
+
+
+class Engines(Protocol):
+    """Builds an engine for compute capability 8.9 on first use, in a bundle of its own."""
+
+    def __call__(self, name: str = "gemma1", **options: Any) -> EngineFolder: ...
+
+
+@pytest.fixture(scope="session")
+def text_engine(tmp_path_factory: pytest.TempPathFactory, text_checkpoint: Any) -> Engines:
+    """Return `text_engine(name="gemma1", **options) -> EngineFolder` of `text_checkpoint` in float16."""
+    engines: dict[Any, EngineFolder] = {}
+
+    def get(name: str = "gemma1", **options: Any) -> EngineFolder:
+        key = name, *sorted(options.items())
+        if key not in engines:
+            folder = tmp_path_factory.mktemp("engine") / "bundle"
+            bundle = export_checkpoint(text_checkpoint(name), folder, dtype="float16")
+            given = {"compute_capabilities": ("8.9",), "max_batch_size": 4, **options}
+            engines[key] = build_engine(
+                bundle,
+                BuildOptions(flavour="tensorrt-rtx", max_seq_len=ENGINE_MAX_SEQ_LEN, **given),
+            ).engine
+        return engines[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(text_engine: Engines) -> Bundle:
+    """Return a bundle with one engine; do not change it."""
+    return Bundle.open(text_engine().folder.parent.parent)
+
+
+@pytest.fixture(scope="session")
+def packed_engine(tmp_path_factory: pytest.TempPathFactory, engine_bundle: Bundle) -> Path:
+    """Return the folder of the engine of `engine_bundle`, packed."""
+    folder = tmp_path_factory.mktemp("packed") / "engine"
+    pack_engine(engine_bundle, "tensorrt-rtx", folder)
+    return folder
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import pytest
 
 from gemma_deploy.errors import CheckpointError, RequestError
 from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.tokenizer import GemmaTokenizer
 
 
 def write_checkpoint(folder: Path, generation: Any = None) -> Path:
@@ -67,3 +68,24 @@ def test_a_hub_id_is_told_from_a_missing_folder() -> None:
     )
     with pytest.raises(RequestError, match=message):
         ModelSource.open(Path("google/gemma-2b"))
+
+
+def test_a_packed_engine_says_what_its_bundle_says(packed_engine: Path, engine_bundle: Any) -> None:
+    packed, bundle = ModelSource.open(packed_engine), ModelSource.open(engine_bundle.folder)
+    assert packed.engine is not None
+    assert packed.bundle is None
+    for name in ("config", "generation_config", "eos_token_ids"):
+        assert getattr(packed, name) == getattr(bundle, name)
+    assert packed.max_seq_len == 96  # the engine's, where the bundle says what the model can
+    text = "The for statement"
+    ids = [GemmaTokenizer.from_pretrained(s.folder).encode(text) for s in (packed, bundle)]
+    assert ids[0] == ids[1]
+
+
+def test_an_engine_that_was_not_packed_is_refused(engine_bundle: Any) -> None:
+    (folder,) = (engine_bundle.folder / "engines").iterdir()
+    with pytest.raises(
+        RequestError,
+        match=f"give the bundle it is in, {engine_bundle.folder} with --backend tensorrt",
+    ):
+        ModelSource.open(folder)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gemma_deploy.errors import BackendUnavailableError, RequestError
+from gemma_deploy.cuda_driver import cuda_device_count
+from gemma_deploy.errors import BackendUnavailableError, EngineError, RequestError
 from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.runtime.source import ModelSource
 
@@ -55,3 +56,37 @@ def test_a_missing_package_names_what_to_install(
     monkeypatch.setitem(sys.modules, f"gemma_deploy.runtime.sessions.{module}", None)
     with pytest.raises(BackendUnavailableError, match=message):
         create_session(ModelSource.open(folder))
+
+
+@pytest.mark.skipif(cuda_device_count() > 0, reason="there is a GPU")
+def test_auto_is_the_flavour_of_a_packed_engine(packed_engine: Path) -> None:
+    source = ModelSource.open(packed_engine)
+    with pytest.raises(BackendUnavailableError, match="the tensorrt-rtx backend cannot run here"):
+        create_session(source)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("onnxruntime", "is an engine for tensorrt-rtx; the onnxruntime backend runs bundles"),
+        ("torch", "is an engine for tensorrt-rtx; .* use the backend tensorrt-rtx"),
+        ("tensorrt", "is an engine for tensorrt-rtx; it cannot be run by the tensorrt backend"),
+    ],
+)
+def test_a_packed_engine_runs_on_its_own_library_only(
+    backend: str, message: str, packed_engine: Path
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        create_session(ModelSource.open(packed_engine), backend=backend)
+
+
+def test_an_engine_must_be_built_first(text_bundle: Any, text_checkpoint: Any) -> None:
+    bundle, checkpoint = text_bundle("gemma1"), text_checkpoint("gemma1")
+    with pytest.raises(EngineError, match=f"`gemma-deploy build {bundle} --backend tensorrt-rtx`"):
+        create_session(ModelSource.open(bundle), backend="tensorrt-rtx")
+    with pytest.raises(RequestError, match=r"gemma-deploy export .*gemma-deploy build BUNDLE"):
+        create_session(ModelSource.open(checkpoint), backend="tensorrt-rtx")
+    with pytest.raises(
+        RequestError, match="tensorrt-rtx backend runs on NVIDIA GPUs; device is cpu"
+    ):
+        create_session(ModelSource.open(bundle), backend="tensorrt-rtx", device="cpu")
