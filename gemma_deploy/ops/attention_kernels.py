@@ -45,7 +45,7 @@ def are_supported(query: Tensor, key_cache: Tensor) -> bool:
     )
 
 
-def attend_on_gpu(  # noqa: PLR0913, PLR0917  # the op's tensors and attributes
+def attend_on_gpu(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -99,7 +99,7 @@ def attend_on_gpu(  # noqa: PLR0913, PLR0917  # the op's tensors and attributes
         )
 
 
-def run_kernels(  # noqa: PLR0913  # a launch
+def run_kernels(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -112,7 +112,10 @@ def run_kernels(  # noqa: PLR0913  # a launch
     """Launch the kernels on contiguous tensors, cut as told; see `attend_on_gpu`.
 
     Args:
-        query, key_cache, value_cache, input_pos: As there.
+        query: As there.
+        key_cache: As there.
+        value_cache: As there.
+        input_pos: As there.
         attributes: scale, softcap, sliding_window.
         tile: How `attend` is cut.
         num_parts: Parts into which each tile's keys are split.

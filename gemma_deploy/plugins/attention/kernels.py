@@ -13,6 +13,11 @@ j > input_pos[b] + i - sliding_window. Memory outside of what a tile sees is nev
 Triton's interpreter and compiler have run these kernels; hardware has not yet.
 """
 
+# Triton's functions are written in a language of its own, which has tensors for types, and names its
+# compile-time constants in capitals.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: N803, PLR0913, PLR0917, D417
+
 import triton
 import triton.language as tl
 
@@ -21,7 +26,7 @@ _NO_WINDOW = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def attend(  # noqa: PLR0913, PLR0917  # a kernel has no structs
+def attend(
     query,
     key_cache,
     value_cache,
@@ -74,15 +79,10 @@ def attend(  # noqa: PLR0913, PLR0917  # a kernel has no structs
     query_offsets = first_query_head * HEAD_DIM + row_offsets[:, None] + dims[None, :]
     queries = tl.load(query + query_offsets, mask=is_inside, other=0.0)
 
-    # [low, high): keys that a row of this tile sees; [all_low, all_high): keys that all see.
     window = tl.where(sliding_window > 0, sliding_window, _NO_WINDOW)
-    first_token = tile * BLOCK_M // GROUP
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_tokens - 1)
-    low = tl.maximum(start + first_token - window + 1, 0)
-    high = tl.minimum(start + last_token + 1, capacity)
-    all_low = tl.maximum(start + last_token - window + 1, 0)
-    all_high = start + first_token + 1
-
+    low, high, all_low, all_high = _seen_keys(
+        tile, start, window, num_tokens, capacity, GROUP, BLOCK_M
+    )
     part_keys = tl.cdiv(tl.cdiv(high - low, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     low += part * part_keys
     high = tl.minimum(low + part_keys, high)
@@ -130,7 +130,25 @@ def attend(  # noqa: PLR0913, PLR0917  # a kernel has no structs
 
 
 @triton.jit
-def _walk(  # noqa: PLR0913, PLR0917  # the state of a loop
+def _seen_keys(
+    tile,
+    start,
+    window,
+    num_tokens,
+    capacity,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Return [low, high), the keys that a row of a tile sees, and [all_low, all_high), that all see."""
+    first_token = start + tile * BLOCK_M // GROUP
+    last_token = start + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_tokens - 1)
+    low = tl.maximum(first_token - window + 1, 0)
+    high = tl.minimum(last_token + 1, capacity)
+    return low, high, tl.maximum(last_token - window + 1, 0), first_token + 1
+
+
+@triton.jit
+def _walk(
     accumulator,
     running_max,
     running_sum,
@@ -193,7 +211,7 @@ def _walk(  # noqa: PLR0913, PLR0917  # the state of a loop
 
 
 @triton.jit
-def combine(  # noqa: PLR0913, PLR0917  # a kernel has no structs
+def combine(
     partial_output,
     partial_lse,
     output,

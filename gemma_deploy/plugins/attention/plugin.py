@@ -75,7 +75,7 @@ class _Settings:
 @functools.cache
 def _registered_creator(library: TensorRTLibrary) -> Any:
     module = library.module
-    creator = _creator_class(library)()
+    creator = _creator_class(library, module)()
     if not module.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
         raise EngineError(
             f"{library.flavour} {library.version} refuses the plugin {PLUGIN_NAME}: "
@@ -84,10 +84,11 @@ def _registered_creator(library: TensorRTLibrary) -> Any:
     return creator
 
 
-def _creator_class(library: TensorRTLibrary) -> Any:
+def _creator_class(library: TensorRTLibrary, trt: Any) -> Any:
     """Derive the creator from the library's own base class: bindings accept no other."""
-    trt = library.module
-    plugin_class = _plugin_class(library)
+    # 10.6 and later know aliasing; we have none, but only this class says so.
+    build_base = getattr(trt, "IPluginV3OneBuildV2", trt.IPluginV3OneBuild)
+    plugin_class = _plugin_class(library, trt, build_base)
 
     class GemmaAttentionCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]  # the base is only known at run time
         def __init__(self) -> None:
@@ -116,15 +117,10 @@ def _creator_class(library: TensorRTLibrary) -> Any:
     return GemmaAttentionCreator
 
 
-def _plugin_class(library: TensorRTLibrary) -> Any:  # noqa: C901  # one short method per callback
+def _plugin_class(library: TensorRTLibrary, trt: Any, build_base: Any) -> Any:  # noqa: C901  # one short method per callback
     """Derive the plugin from the library's own base classes."""
-    trt = library.module
-    # 10.6 and later know aliasing; we have none, but only this class says so.
-    build_base = getattr(trt, "IPluginV3OneBuildV2", trt.IPluginV3OneBuild)
 
-    class GemmaAttention(  # type: ignore[misc]  # the bases are only known at run time
-        trt.IPluginV3, trt.IPluginV3OneCore, build_base, trt.IPluginV3OneRuntime
-    ):
+    class GemmaAttention(trt.IPluginV3, trt.IPluginV3OneCore, build_base, trt.IPluginV3OneRuntime):  # type: ignore[misc]  # the bases are only known at run time
         def __init__(self, settings: _Settings) -> None:
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)

@@ -63,18 +63,16 @@ def _make_problem(
     query = torch.randn(batch, num_tokens, num_heads, head_dim, generator=generator).to(dtype)
     # Sharp enough that a wrong mask or a lost part is far outside of every tolerance.
     scale = 1.5 * head_dim**-0.5
-    caches = [
-        torch.full((batch, num_kv_heads, capacity, head_dim), torch.nan, dtype=dtype)
-        for _ in range(2)
-    ]
+    keys = torch.full((batch, num_kv_heads, capacity, head_dim), torch.nan, dtype=dtype)
+    values = keys.clone()
     for row, start in enumerate(input_pos):
         first = max(0, start - sliding_window + 1) if sliding_window else 0
-        for cache in caches:
+        for cache in (keys, values):
             slots = cache[row, :, first : start + num_tokens]
             slots.copy_(torch.randn(slots.shape, generator=generator))
     attributes = (scale, softcap, sliding_window)
-    expected = _attend(query, *caches, input_pos, attributes)
-    return Problem(query, *caches, torch.tensor(input_pos), attributes, expected)
+    expected = _attend(query, keys, values, input_pos, attributes)
+    return Problem(query, keys, values, torch.tensor(input_pos), attributes, expected)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, input_pos: Any, attributes: Any) -> Tensor:

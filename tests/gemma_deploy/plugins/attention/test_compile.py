@@ -95,11 +95,10 @@ def test_reads_memory_in_16_bytes(name: KernelName, tmp_path: Path) -> None:
         assert "HMMA" in sass
 
 
-@pytest.mark.parametrize("head_dim", [16, 72])
-def test_compiles_for_other_shapes(head_dim: int) -> None:
+def test_compiles_for_other_shapes() -> None:
     from gemma_deploy.plugins.attention.compile import compile_archive
 
-    archive = compile_archive(shape("float16", head_dim=head_dim, has_softcap=True), (89,))
+    archive = compile_archive(shape("float16", head_dim=72, has_softcap=True), (89,))
     assert [kernel.name for kernel in archive.kernels] == list(KERNEL_NAMES)
     assert archive.capabilities == (89,)
 

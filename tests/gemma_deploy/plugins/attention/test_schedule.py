@@ -39,7 +39,7 @@ def plan(group: int, batch: int, num_tokens: int, num_kv_heads: int, capacity: i
     wide_block_m=st.sampled_from([64, 128]),
     num_multiprocessors=st.integers(1, 300),
 )
-def test_no_call_needs_more_scratch_than_an_engine_sets_aside(
+def test_no_call_needs_more_scratch_than_an_engine_sets_aside(  # noqa: PLR0917  # drawn by hypothesis
     batch: int,
     num_tokens: int,
     smaller: tuple[float, float],
