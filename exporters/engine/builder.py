@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from gemma_deploy.bundle import FileRecord
 from gemma_deploy.engine import EngineBuild
 from gemma_deploy.errors import BackendUnavailableError, EngineBuildError
 from gemma_deploy.exporters.engine.phase_progress import PhaseProgress
-from gemma_deploy.exporters.engine.prepared_graph import PreparedGraph
 from gemma_deploy.exporters.engine.profiles import Profile
 from gemma_deploy.exporters.engine.targets import target_constants
 from gemma_deploy.graph_spec import GraphSpec, TensorSpec
 from gemma_deploy.tensorrt import TensorRTLibrary
+
+if TYPE_CHECKING:
+    from gemma_deploy.exporters.engine.prepared_graph import PreparedGraph
 
 OnProgress = Callable[[str, int, int], object]
 """(what is being done, done, total)."""
@@ -66,7 +68,7 @@ class PlanJob:
     """
 
     build: EngineBuild
-    graph: PreparedGraph
+    graph: "PreparedGraph"
     spec: GraphSpec
     profiles: Sequence[Profile]
 
@@ -122,7 +124,7 @@ def _network_flags(module: Any) -> int:
     return 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _parse(library: TensorRTLibrary, parser: Any, graph: PreparedGraph, weights: int) -> None:
+def _parse(library: TensorRTLibrary, parser: Any, graph: "PreparedGraph", weights: int) -> None:
     """Fill the network from the graph; `weights` is the address of the mapped weights file."""
     if not parser.load_model_proto(graph.proto):
         raise _failure(library, "could not read the graph", parser)

@@ -18,7 +18,6 @@ from gemma_deploy.bundle import Bundle
 from gemma_deploy.engine import EngineBuild
 from gemma_deploy.errors import GemmaDeployError
 from gemma_deploy.exporters.engine.builder import PlanJob, write_plan
-from gemma_deploy.exporters.engine.prepared_graph import prepare_graph
 from gemma_deploy.exporters.engine.profiles import optimization_profiles
 from gemma_deploy.graph_spec import Phase
 from gemma_deploy.tensorrt import load_library
@@ -56,6 +55,8 @@ class _Messages:
 
 def build_plan(request: BuildRequest, messages: _Messages) -> None:
     """Build the plan of a request, telling of progress and errors as they come."""
+    from gemma_deploy.exporters.engine.prepared_graph import prepare_graph
+
     build = EngineBuild.from_dict(request["build"])
     bundle = Bundle.open(Path(request["bundle"]))
     library = load_library(build.flavour)

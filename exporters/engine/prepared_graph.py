@@ -10,6 +10,7 @@ from gemma_deploy.bundle import Bundle, check_external_data
 from gemma_deploy.engine import EngineBuild, engine_spec
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.attention import has_native_attention
+from gemma_deploy.exporters.passes.apart_projections import keep_projections_apart
 from gemma_deploy.exporters.passes.attention import use_attention
 from gemma_deploy.exporters.passes.fixed_capacity import fix_capacity
 from gemma_deploy.exporters.passes.top_logits import add_top_logits
@@ -66,6 +67,7 @@ def prepare_graph(
     needs_plugin = use_attention(model, build.attention, has_native=has_native_attention(library))
     if needs_plugin:
         register_plugin(library, build.targets)
+    keep_projections_apart(model)
     add_top_logits(model, build.limits.num_candidates)
     spec = engine_spec(
         bundle.config, phase, bundle.manifest.precision_of("tensorrt").cache, build.limits

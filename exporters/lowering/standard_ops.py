@@ -1,5 +1,7 @@
 """Standard ONNX nodes that several lowerings share: products, lookups, caches, masked attention.
 
+What reads traced nodes imports torch; what writes masks, which engines are built with, does not.
+
 Operators: https://onnx.ai/onnx/operators/ (opset 24: TensorScatter, Attention, RotaryEmbedding).
 """
 
@@ -9,7 +11,6 @@ from typing import Any
 import onnx_ir as ir
 
 from gemma_deploy.exporters.lowering.nodes import NodeWriter
-from gemma_deploy.exporters.lowering.traced_ops import inputs_of, num_heads_of
 
 OPSET_VERSION = 24
 
@@ -20,6 +21,8 @@ _TRANSPOSED = [0, 2, 1, 3]
 
 def linear(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequence[ir.Value]:
     """Write `LINEAR` as a product with the transposed weight, which stays [out, in] in its file."""
+    from gemma_deploy.exporters.lowering.traced_ops import inputs_of
+
     x, weight, *bias = inputs_of(node)
     transposed = write.op("Transpose", write.cast(weight, activations), perm=[1, 0])
     product = write.op("MatMul", x, transposed)
@@ -28,6 +31,8 @@ def linear(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequen
 
 def embedding(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequence[ir.Value]:
     """Write `EMBEDDING` as Gather; rows are cast after they were looked up, not the table."""
+    from gemma_deploy.exporters.lowering.traced_ops import inputs_of
+
     weight, indices = inputs_of(node)
     rows = write.op("Gather", weight, indices)
     return [rows if weight.dtype == activations else write.op("Cast", rows, to=activations.value)]
@@ -42,6 +47,8 @@ def rotated_and_cached(write: NodeWriter, node: ir.Node) -> tuple[ir.Value, ir.V
     Returns:
         The rotated query [B, S, N, H] and the updated caches [B, K, T, H].
     """
+    from gemma_deploy.exporters.lowering.traced_ops import inputs_of, num_heads_of
+
     query, key, value, key_cache, value_cache, cos, sin, input_pos = inputs_of(node)
     flat = write.op("Reshape", query, write.int64(0, 0, -1))
     num_heads = num_heads_of(query)
