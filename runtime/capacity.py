@@ -71,5 +71,5 @@ def check_max_seq_len(max_seq_len: int | None, limit: int) -> None:
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise RequestError(
             f"max_seq_len is {max_seq_len:,}; this model is made for 1 to {limit:,} tokens "
-            "(max_position_embeddings in its config, or --max-seq-len of the engine's build)"
+            "(max_position_embeddings in its config, or --max-seq-len of its engine's build)"
         )

@@ -13,6 +13,7 @@ from gemma_deploy.errors import (
     RequestError,
 )
 from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.sessions.session import SessionLimits
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.text_generator import TextGenerator
 from gemma_deploy.tokenizer import GemmaTokenizer
@@ -373,3 +374,38 @@ print(sorted(name for name in ("torch", "onnx", "transformers") if name in sys.m
     assert done.stdout.splitlines()[:2] == ["4", "True 4"]
     assert "torch" not in done.stdout
     assert done.stderr == ""
+
+
+def test_a_sessions_limits_hold(text_checkpoint: Any, scripted_session: Any) -> None:
+    scripted_session.limits = SessionLimits(max_batch_size=3, max_seq_len=96, max_step_tokens=5)
+    capacities: list[tuple[int, int]] = []
+    allocate = scripted_session.new_cache
+
+    def new_cache(batch_size: int, max_seq_len: int) -> Any:
+        capacities.append((batch_size, max_seq_len))
+        return allocate(batch_size, max_seq_len)
+
+    scripted_session.new_cache = new_cache
+    generator = make_generator(text_checkpoint, scripted_session)
+    assert generator.max_seq_len == 96
+    results = generator.generate(PROMPTS, max_new_tokens=7, batch_size=8)
+    assert [len(result.token_ids) for result in results] == [7] * 4
+    assert capacities == [(3, 96)]  # the engine's own length, whatever a call needs
+    assert max(rows for rows, _ in scripted_session.steps) == 3
+    assert max(tokens for _, tokens in scripted_session.steps) == 5
+    unlimited = type(scripted_session)()
+    unbound = make_generator(text_checkpoint, unlimited)
+    expected = unbound.generate(PROMPTS, max_new_tokens=7)
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+
+
+def test_a_request_beyond_the_engine_is_refused(
+    text_checkpoint: Any, scripted_session: Any
+) -> None:
+    scripted_session.limits = SessionLimits(max_seq_len=8)
+    with pytest.raises(RequestError, match=r"max_seq_len is 9; .* 1 to 8 tokens .*engine's build"):
+        make_generator(text_checkpoint, scripted_session, max_seq_len=9)
+    generator = make_generator(text_checkpoint, scripted_session)
+    with pytest.raises(PromptTooLongError, match=r"the KV cache holds 8: .*larger --max-seq-len"):
+        generator.generate("Names " * 20)
+    assert scripted_session.steps == []
