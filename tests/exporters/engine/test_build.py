@@ -45,10 +45,8 @@ def test_rtx_tells_a_plan_from_other_bytes(tmp_path: Path) -> None:
     ("name", "dtype", "options", "plans"),
     [
         ("gemma1", "float16", {"attention": "native"}, ["engine.plan"]),
-        ("gemma1", "bfloat16", {"layout": "two-engines"}, ["decode.plan", "prefill.plan"]),
-        ("gemma2", "float16", {"max_batch_size": 3}, ["engine.plan"]),
         ("gemma2", "bfloat16", {"layout": "two-engines"}, ["decode.plan", "prefill.plan"]),
-        ("gemma3", "bfloat16", {"attention": "auto"}, ["engine.plan"]),
+        ("gemma3", "float16", {"max_batch_size": 3, "max_logits": 4}, ["engine.plan"]),
         ("gemma3", "float16", {"attention": "native"}, ["engine.plan"]),
         (
             "gemma3",
@@ -98,7 +96,7 @@ def test_an_engine_is_found_by_its_bundle_and_not_built_twice(
 
 def test_an_engine_is_built_again_if_forced_or_damaged(
     engine_bundle: EngineBundles,
-    engine: Engines,
+    rtx_options: Options,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -254,10 +252,10 @@ def test_options_that_cannot_be_are_refused_before_anything_is_built(
         build_engine(engine_bundle("gemma1"), rtx_options(compute_capabilities=("9.0",)))
     with pytest.raises(RequestError, match=r"bfloat16, which GPUs have from"):
         build_engine(
-            engine_bundle("gemma1", "bfloat16"), rtx_options(compute_capabilities=("7.5",))
+            engine_bundle("gemma2", "bfloat16"), rtx_options(compute_capabilities=("7.5",))
         )
     with pytest.raises(RequestError, match=r"caps attention scores at 10 in all 3 layers"):
-        build_engine(engine_bundle("gemma2"), rtx_options(attention="native"))
+        build_engine(engine_bundle("gemma2", "bfloat16"), rtx_options(attention="native"))
 
 
 def test_tensorrt_that_is_not_installed(engine_bundle: EngineBundles) -> None:

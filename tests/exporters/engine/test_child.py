@@ -30,7 +30,10 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     )
     yield process
     process.kill()
-    process.communicate()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ def _manifest(max_seq_len: int, vocab_size: int = 5000) -> Manifest:
     )
 
 
-def _limits(max_seq_len: int, **options: Any) -> tuple[int, ...]:
+def _limits(model_max_seq_len: int, /, **options: Any) -> tuple[int, ...]:
     chosen = BuildOptions(flavour="tensorrt-rtx", **options)
-    return dataclasses.astuple(chosen.limits(_manifest(max_seq_len)))
+    return dataclasses.astuple(chosen.limits(_manifest(model_max_seq_len)))
 
 
 def test_what_is_left_open_follows_the_model() -> None:
