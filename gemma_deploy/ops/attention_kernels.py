@@ -84,7 +84,11 @@ def attend_on_gpu(
     )
     wide = choose_tile("wide", shape, capability)
     launch = plan_launch(
-        shape, call, wide_block_m=wide.block_m, num_multiprocessors=num_multiprocessors
+        shape,
+        call,
+        sliding_window=sliding_window,
+        wide_block_m=wide.block_m,
+        num_multiprocessors=num_multiprocessors,
     )
     tile = choose_tile(launch.tile_name, shape, capability)
     with torch.cuda.device(query.device):

@@ -62,11 +62,12 @@ class DeviceKernels:
     functions: dict[KernelName, Any]
     num_multiprocessors: int
 
-    def plan(self, call: CallShape) -> Launch:
+    def plan(self, call: CallShape, sliding_window: int = 0) -> Launch:
         """Return how a call is cut on this device, and how much scratch it takes."""
         return plan_launch(
             self.archive.shape,
             call,
+            sliding_window=sliding_window,
             wide_block_m=self.kernels["wide"].block_m,
             num_multiprocessors=self.num_multiprocessors,
         )
@@ -86,7 +87,7 @@ class DeviceKernels:
         Raises:
             SessionError: An address is not aligned, or the driver refuses the launch.
         """
-        launch = self.plan(call)
+        launch = self.plan(call, scalars.sliding_window)
         _check_alignment(tensors)
         partial_output = tensors.scratch if launch.scratch_bytes else 0
         partial_lse = partial_output + launch.lse_offset_bytes

@@ -17,16 +17,22 @@ Engines with it have been built (TensorRT for RTX 1.7); none has run on hardware
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 
 from gemma_deploy.errors import BackendUnavailableError, EngineBuildError, EngineError
 from gemma_deploy.plugins.attention.cubins import KernelArchive, read_archive
 from gemma_deploy.plugins.attention.launch import Scalars, Tensors, load_kernels
+from gemma_deploy.plugins.attention.plugin_fields import (
+    KERNELS_FIELD,
+    PLUGIN_NAME,
+    Settings,
+    read_fields,
+)
 from gemma_deploy.plugins.attention.schedule import (
     CallShape,
     KernelDType,
@@ -35,13 +41,8 @@ from gemma_deploy.plugins.attention.schedule import (
 )
 from gemma_deploy.tensorrt import TensorRTLibrary
 
-PLUGIN_NAME: Final = "GemmaAttention"
 PLUGIN_NAMESPACE: Final = "gemma_deploy"
 PLUGIN_VERSION: Final = "1"
-
-T = TypeVar("T")
-
-_KERNELS_FIELD: Final = "kernels"
 
 
 def register_plugin(library: TensorRTLibrary, targets: Sequence[str] = ()) -> None:
@@ -61,15 +62,6 @@ def register_plugin(library: TensorRTLibrary, targets: Sequence[str] = ()) -> No
     """
     capabilities = tuple(_capability(target) for target in targets)
     _registered_creator(library).capabilities = capabilities
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What one layer is: the node's attributes, and the kernels as far as they are known."""
-
-    scalars: Scalars
-    capabilities: tuple[int, ...] = ()
-    kernels: bytes = b""
 
 
 @functools.cache
@@ -107,7 +99,7 @@ def _creator_class(library: TensorRTLibrary, trt: Any) -> Any:
 
         def create_plugin(self, _name: str, fields: Any, phase: Any) -> Any:
             with _reported(library, "creating"):
-                settings = _read_fields(fields)
+                settings = read_fields(fields)
                 if phase == trt.TensorRTPhase.BUILD:
                     settings = replace(settings, capabilities=self.capabilities)
                 else:
@@ -121,7 +113,7 @@ def _plugin_class(library: TensorRTLibrary, trt: Any, build_base: Any) -> Any:  
     """Derive the plugin from the library's own base classes."""
 
     class GemmaAttention(trt.IPluginV3, trt.IPluginV3OneCore, build_base, trt.IPluginV3OneRuntime):  # type: ignore[misc]  # the bases are only known at run time
-        def __init__(self, settings: _Settings) -> None:
+        def __init__(self, settings: Settings) -> None:
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)
             build_base.__init__(self)
@@ -182,7 +174,7 @@ def _plugin_class(library: TensorRTLibrary, trt: Any, build_base: Any) -> Any:  
                 )
             ]
             kernels = np.frombuffer(self._settings.kernels, np.uint8)
-            fields.append(trt.PluginField(_KERNELS_FIELD, kernels, kinds.UNKNOWN))
+            fields.append(trt.PluginField(KERNELS_FIELD, kernels, kinds.UNKNOWN))
             return trt.PluginFieldCollection(fields)
 
         def on_shape_change(self, inputs: Any, _outputs: Any) -> None:
@@ -235,32 +227,6 @@ def _reported(library: TensorRTLibrary, action: str) -> Iterator[None]:
     except Exception as err:
         library.log.add("ERROR", f"{action} the plugin {PLUGIN_NAME}: {err}")
         raise
-
-
-def _read_fields(fields: Any) -> _Settings:
-    values: dict[str, Any] = {field.name: field.data for field in fields}
-    missing = [name for name in ("scale", "softcap", "sliding_window") if name not in values]
-    if missing:
-        raise EngineBuildError(
-            f"a node {PLUGIN_NAME} lacks the attributes {', '.join(missing)}: all three of scale, "
-            "softcap and sliding_window are written on the node"
-        )
-    scalars = Scalars(
-        scale=_scalar(values["scale"], float),
-        softcap=_scalar(values["softcap"], float),
-        sliding_window=_scalar(values["sliding_window"], int),
-    )
-    if scalars.scale <= 0 or scalars.softcap < 0 or scalars.sliding_window < 0:
-        raise EngineBuildError(
-            f"a node {PLUGIN_NAME} has scale {scalars.scale:g}, softcap {scalars.softcap:g} and "
-            f"sliding_window {scalars.sliding_window}; expected a positive scale, and 0 or more"
-        )
-    kernels = values.get(_KERNELS_FIELD)
-    return _Settings(scalars, kernels=b"" if kernels is None else np.asarray(kernels).tobytes())
-
-
-def _scalar(value: Any, kind: Callable[[Any], T]) -> T:
-    return kind(np.asarray(value).reshape(-1)[0])
 
 
 def _kernel_shape(inputs: Sequence[Any], scalars: Scalars) -> KernelShape:

@@ -36,7 +36,9 @@ SHARED_LIMIT_BYTES: Final = {
 # No device has more today; bounds the scratch of an engine built without knowing its device.
 _MAX_MULTIPROCESSORS: Final = 192
 _MAX_PARTS: Final = 256
-_MIN_PART_KEYS: Final = 64
+# Parts shorter than these cost more in scratch traffic than they gain: a wide tile's partial output
+# is as large as hundreds of keys and values.
+_MIN_PART_KEYS: Final[dict[TileName, int]] = {"narrow": 64, "wide": 512}
 _WIDE_BLOCK_M: Final = 128
 _GOOD_SHARE: Final = 0.9
 _FLOAT32_BYTES: Final = 4
@@ -187,6 +189,7 @@ def plan_launch(
     shape: KernelShape,
     call: CallShape,
     *,
+    sliding_window: int,
     wide_block_m: int,
     num_multiprocessors: int,
 ) -> Launch:
@@ -195,6 +198,7 @@ def plan_launch(
     Args:
         shape: What the kernels are compiled for.
         call: The tensors' shapes.
+        sliding_window: The op's attribute; 0 for none.
         wide_block_m: Rows of the wide tile of the kernels at hand.
         num_multiprocessors: Of the device.
     """
@@ -202,9 +206,10 @@ def plan_launch(
     is_narrow = num_rows <= narrow_block_m(shape.group)
     num_tiles = 1 if is_narrow else _ceil_div(num_rows, wide_block_m)
     tile_name: TileName = "narrow" if is_narrow else "wide"
-    num_parts = _choose_parts(
-        tile_name, num_tiles * call.num_heads, call.capacity, num_multiprocessors
-    )
+    max_keys = call.capacity
+    if sliding_window:
+        max_keys = min(max_keys, sliding_window + call.num_tokens)
+    num_parts = _choose_parts(tile_name, num_tiles * call.num_heads, max_keys, num_multiprocessors)
     lse_bytes = call.num_heads * num_parts * num_rows * _FLOAT32_BYTES if num_parts > 1 else 0
     combine_grid = (num_rows, _ceil_div(shape.head_dim, COMBINE_BLOCK_H), call.num_heads)
     return Launch(
@@ -223,7 +228,7 @@ def max_scratch_bytes(shape: KernelShape, largest: CallShape) -> int:
         shape: What the kernels are compiled for.
         largest: The largest B and S; K and T as they are.
     """
-    max_parts = min(_MAX_PARTS, _ceil_div(largest.capacity, _MIN_PART_KEYS))
+    max_parts = min(_MAX_PARTS, _ceil_div(largest.capacity, _MIN_PART_KEYS["narrow"]))
     num_rows = largest.num_tokens * shape.group
     narrow_m = narrow_block_m(shape.group)
     rows = min(_slots("narrow", _MAX_MULTIPROCESSORS), largest.num_heads * max_parts)
@@ -244,7 +249,7 @@ def _slots(name: TileName, num_multiprocessors: int) -> int:
 
 
 def _choose_parts(
-    name: TileName, num_programs: int, capacity: int, num_multiprocessors: int
+    name: TileName, num_programs: int, max_keys: int, num_multiprocessors: int
 ) -> int:
     """Return the fewest parts that keep the device nearly as busy as any number of them.
 
@@ -255,7 +260,7 @@ def _choose_parts(
     wave = num_multiprocessors * (2 if name == "narrow" else 1)
     limit = min(
         _MAX_PARTS,
-        _ceil_div(capacity, _MIN_PART_KEYS),
+        _ceil_div(max_keys, _MIN_PART_KEYS[name]),
         max(1, _slots(name, num_multiprocessors) // num_programs),
     )
     fullness = []

@@ -106,7 +106,7 @@ def test_decode_is_split_and_combined(driver: FakeDriver) -> None:
     kernels = launch.load_kernels(archive())
     kernels.run(call(), TENSORS, SCALARS, stream=9)
     attend, combine = driver.launches
-    num_parts = kernels.plan(call()).num_parts
+    num_parts = kernels.plan(call(), SCALARS.sliding_window).num_parts
     assert num_parts > 1
     function, *grid_and_block, shared_bytes, stream, (values, kinds), extra = attend
     assert function == (b"narrow", b"narrow_symbol")
@@ -200,7 +200,7 @@ def run_cubins(problem: Any, scratch: torch.Tensor, output: torch.Tensor) -> Non
     call = CallShape(
         batch=batch, num_tokens=num_tokens, num_kv_heads=num_kv_heads, capacity=capacity
     )
-    assert kernels.plan(call).scratch_bytes <= scratch.nbytes
+    assert kernels.plan(call, sliding_window).scratch_bytes <= scratch.nbytes
     tensors = launch.Tensors(
         query=problem.query.data_ptr(),
         key_cache=problem.key_cache.data_ptr(),

@@ -20,12 +20,24 @@ def shape(*, head_dim: int = 256, group: int = 8) -> KernelShape:
     return KernelShape(head_dim=head_dim, group=group, dtype="float16", has_softcap=False)
 
 
-def plan(group: int, batch: int, num_tokens: int, num_kv_heads: int, capacity: int) -> Launch:
+def plan(
+    group: int,
+    batch: int,
+    num_tokens: int,
+    num_kv_heads: int,
+    capacity: int,
+    *,
+    sliding_window: int = 0,
+) -> Launch:
     call = CallShape(
         batch=batch, num_tokens=num_tokens, num_kv_heads=num_kv_heads, capacity=capacity
     )
     return plan_launch(
-        shape(group=group), call, wide_block_m=128, num_multiprocessors=H200_MULTIPROCESSORS
+        shape(group=group),
+        call,
+        sliding_window=sliding_window,
+        wide_block_m=128,
+        num_multiprocessors=H200_MULTIPROCESSORS,
     )
 
 
@@ -35,6 +47,7 @@ def plan(group: int, batch: int, num_tokens: int, num_kv_heads: int, capacity: i
     smaller=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     num_kv_heads=st.sampled_from([1, 4, 8, 16]),
     capacity=st.integers(1, 40_000),
+    sliding_window=st.sampled_from([0, 1, 512]),
     group=st.sampled_from([1, 2, 8, 24]),
     wide_block_m=st.sampled_from([64, 128]),
     num_multiprocessors=st.integers(1, 300),
@@ -45,6 +58,7 @@ def test_no_call_needs_more_scratch_than_an_engine_sets_aside(  # noqa: PLR0917 
     smaller: tuple[float, float],
     num_kv_heads: int,
     capacity: int,
+    sliding_window: int,
     group: int,
     wide_block_m: int,
     num_multiprocessors: int,
@@ -60,7 +74,11 @@ def test_no_call_needs_more_scratch_than_an_engine_sets_aside(  # noqa: PLR0917 
     )
     kernels = shape(group=group)
     launch = plan_launch(
-        kernels, call, wide_block_m=wide_block_m, num_multiprocessors=num_multiprocessors
+        kernels,
+        call,
+        sliding_window=sliding_window,
+        wide_block_m=wide_block_m,
+        num_multiprocessors=num_multiprocessors,
     )
     assert launch.scratch_bytes <= max_scratch_bytes(kernels, largest)
     assert (launch.combine_grid is None) == (launch.num_parts == 1)
@@ -89,7 +107,7 @@ def test_prefill_that_fills_the_device_is_not_split() -> None:
 def test_a_short_chunk_of_one_row_is_split() -> None:
     launch = plan(8, 1, 64, 1, 8192)
     assert launch.tile_name == "wide"
-    assert launch.num_parts > 16
+    assert 8 < launch.num_parts <= 8192 // 512
     # As partial outputs and, behind them, one number per row.
     rows = launch.num_parts * 64 * 8
     assert launch.lse_offset_bytes == rows * 256 * 4
@@ -98,6 +116,10 @@ def test_a_short_chunk_of_one_row_is_split() -> None:
 
 def test_a_short_cache_is_not_cut_finer_than_its_blocks() -> None:
     assert plan(8, 1, 1, 1, 128).num_parts == 2
+
+
+def test_a_window_is_not_cut_finer_than_its_blocks() -> None:
+    assert plan(8, 1, 1, 1, 32_768, sliding_window=511).num_parts == 8
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
