@@ -1,6 +1,7 @@
 """ONNX Runtime inference sessions on the device asked for, and honest about what they run on."""
 
 import contextlib
+import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,14 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 """What ONNX Runtime raises: its exceptions have no common base, and some are plain RuntimeErrors."""
 
+_EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # ONNX Runtime's log severities; warnings (2) are its default.
 _WARNINGS, _ERRORS, _FATAL = 2, 3, 4
 
 
 def create_inference_session(
-    graph: Path, device: Device, threads: int | None
+    graph: Path, device: Device, threads: int | None, *, model: bytes | None = None
 ) -> tuple[Any, Device]:
     """Load a graph.
 
@@ -38,6 +40,8 @@ def create_inference_session(
         graph: An ONNX file whose external data has been checked.
         device: `auto` never fails for want of CUDA; `cuda` does.
         threads: Threads of the CPU kernels; None for one per core.
+        model: A serialized model to load in the file's place; its external data is looked for in the
+            file's folder.
 
     Returns:
         The `onnxruntime.InferenceSession`, and the device it runs on (`cpu` or `cuda`).
@@ -50,16 +54,19 @@ def create_inference_session(
     options.log_severity_level = _ERRORS
     if threads is not None:
         options.intra_op_num_threads = threads
+    if model is not None:
+        options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(graph.parent))
+    load = functools.partial(_load, graph, model, options)
     missing = None if device.kind == "cpu" else _missing_for_cuda(device)
     if device.kind == "cuda" and missing is not None:
         raise BackendUnavailableError(missing)
     if device.kind == "cpu" or missing is not None:
-        return _load(graph, options, [_CPU]), Device(kind="cpu")
+        return load([_CPU]), Device(kind="cpu")
     with _quiet(options) as said:
         # TF32 would round what a float32 graph still multiplies (the logits) to 10 bits of mantissa.
         cuda_options = {"device_id": device.index, "use_tf32": 0}
         providers: list[Any] = [(_CUDA, cuda_options), _CPU]
-        session = _load(graph, options, providers)
+        session = load(providers)
     if _CUDA in session.get_providers():
         return session, Device(kind="cuda", index=device.index)
     if device.kind == "auto":
@@ -105,9 +112,9 @@ def _quiet(options: Any) -> Iterator[io.StringIO]:
         ort.set_default_logger_severity(_WARNINGS)
 
 
-def _load(graph: Path, options: Any, providers: list[Any]) -> Any:
+def _load(graph: Path, model: bytes | None, options: Any, providers: list[Any]) -> Any:
     try:
-        return ort.InferenceSession(str(graph), options, providers=providers)
+        return ort.InferenceSession(model or str(graph), options, providers=providers)
     except ORT_ERRORS as err:
         raise SessionError(
             f"ONNX Runtime {ort.__version__} cannot load {graph}: {err}. Check the bundle with "

@@ -1,44 +1,26 @@
 """A bundle on ONNX Runtime, on a CPU or a CUDA device: `OnnxRuntimeSession`."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Self
 
 import array_api_compat.numpy as array_api_numpy
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
-from gemma_deploy.bundle import Bundle, check_external_data
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import BackendUnavailableError, BundleError, SessionError
-from gemma_deploy.graph_spec import (
-    INPUT_IDS,
-    INPUT_POS,
-    LOGITS,
-    LOGITS_INDEX,
-    DType,
-    Phase,
-    Precision,
-    TensorSpec,
-)
+from gemma_deploy.errors import BackendUnavailableError, SessionError
+from gemma_deploy.graph_spec import DType, Phase, Precision
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
 from gemma_deploy.runtime.devices import Device
-from gemma_deploy.runtime.sessions.onnxruntime_providers import (
-    ORT_ERRORS,
-    create_inference_session,
-)
+from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource, OnnxRuntimeGraph
+from gemma_deploy.runtime.sessions.onnxruntime_providers import ORT_ERRORS
 from gemma_deploy.runtime.sessions.session import (
     Int64Array,
     KVCache,
     SessionLimits,
     StepLogits,
 )
-
-_ORT_TYPES = {
-    "int64": "tensor(int64)",
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-}
 
 
 class OnnxRuntimeSession:
@@ -69,6 +51,7 @@ class OnnxRuntimeSession:
         device: Device | None = None,
         threads: int | None = None,
         use_decode_graph: bool = False,
+        graphs: Mapping[Phase, GraphSource] | None = None,
     ) -> None:
         """Load the bundle.
 
@@ -77,6 +60,8 @@ class OnnxRuntimeSession:
             device: Where to run; None is `auto`.
             threads: Threads of the CPU kernels; None for one per core.
             use_decode_graph: Whether to load the decode graph too and use it for single tokens.
+            graphs: Graphs of another lowering to run, of standard operators. None for those that the
+                bundle has for ONNX Runtime.
 
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here, or not in float32.
@@ -84,11 +69,16 @@ class OnnxRuntimeSession:
             SessionError: ONNX Runtime cannot load the graphs.
         """
         self.config: GemmaConfig = bundle.config
-        self._spec = bundle.manifest.spec("prefill")
         device = _with_attention(device or Device(kind="auto"), bundle.manifest.precision)
-        self._prefill = _Graph(bundle, "prefill", device, threads)
+        self._continues_rows_in_turn = graphs is None
+        phases: list[Phase] = ["prefill", "decode"] if use_decode_graph else ["prefill"]
+        sources = graphs or {x: GraphSource.of(bundle, x, "onnxruntime") for x in phases}
+        self._spec = sources["prefill"].spec
+        self._prefill = OnnxRuntimeGraph(sources["prefill"], device, threads)
         self.device = self._prefill.device
-        self._decode = _Graph(bundle, "decode", self.device, threads) if use_decode_graph else None
+        self._decode = (
+            OnnxRuntimeGraph(sources["decode"], self.device, threads) if use_decode_graph else None
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +110,7 @@ class OnnxRuntimeSession:
         """Run S tokens of each row; see `Session.step`. All logits are given.
 
         ONNX Runtime's GroupQueryAttention continues rows by several tokens only one row at a time,
-        so such a step runs its rows in turn.
+        so such a step runs its rows in turn; graphs of standard operators continue all of them.
         """
         if not isinstance(cache, CacheBuffers):
             raise SessionError(
@@ -132,7 +122,7 @@ class OnnxRuntimeSession:
                 f"{num_tokens} tokens at position {int(input_pos.max())} do not fit a KV cache of "
                 f"{cache.max_seq_len} tokens: allocate a longer one"
             )
-        if batch_size > 1 and num_tokens > 1 and input_pos.any():
+        if self._continues_rows_in_turn and min(batch_size, num_tokens) > 1 and input_pos.any():
             rows = [
                 self._prefill.run(
                     input_ids[b : b + 1],
@@ -178,111 +168,3 @@ def _with_attention(device: Device, precision: Precision) -> Device:
             "float16, or use the device cpu"
         )
     return Device(kind="cpu")
-
-
-class _Graph:
-    """One loaded graph and the memory that is bound to its inputs and outputs."""
-
-    def __init__(self, bundle: Bundle, phase: Phase, device: Device, threads: int | None) -> None:
-        path = bundle.graph_path(phase)
-        check_external_data(bundle.folder, path)
-        self._name = path.name
-        self._spec = bundle.manifest.spec(phase)
-        self._session: Any
-        self._session, self.device = create_inference_session(path, device, threads)
-        _check_ports(self._name, "inputs", self._session.get_inputs(), self._spec.inputs)
-        _check_ports(self._name, "outputs", self._session.get_outputs(), self._spec.outputs)
-        self._binding: Any = self._session.io_binding()
-        self._bound_cache: CacheBuffers | None = None
-        self._logits: npt.NDArray[np.float32] = np.empty((0, 0, 0), np.float32)
-
-    def run(
-        self,
-        input_ids: Int64Array,
-        input_pos: Int64Array,
-        logits_index: Int64Array,
-        cache: CacheBuffers,
-    ) -> npt.NDArray[np.float32]:
-        """Run one step; the logits are overwritten by the next one."""
-        if self._session is None:
-            raise SessionError("the session is closed: load the model again")
-        given = {INPUT_IDS: input_ids, INPUT_POS: input_pos, LOGITS_INDEX: logits_index}
-        inputs = {
-            spec.name: np.ascontiguousarray(given[spec.name], dtype=np.int64)
-            for spec in self._spec.inputs
-            if spec.name in given
-        }
-        for name, array in inputs.items():
-            self._binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-        self._bind_cache(cache)
-        self._bind_logits((*logits_index.shape, self._spec.outputs[0].dims[-1]))
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except ORT_ERRORS as err:
-            raise SessionError(
-                f"ONNX Runtime failed in {self._name} with {input_ids.shape[0]} rows of "
-                f"{input_ids.shape[1]} tokens: {err}"
-            ) from err
-        return self._logits
-
-    def unbind(self) -> None:
-        """Let go of the cache of the last step."""
-        if self._bound_cache is None:
-            return
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
-        self._bound_cache = None
-        # The logits were bound as well.
-        self._logits = np.empty((0, 0, 0), np.float32)
-
-    def close(self) -> None:
-        """Let go of the session and of everything bound to it."""
-        self._session = self._binding = self._bound_cache = None
-
-    def _bind_cache(self, cache: CacheBuffers) -> None:
-        if cache is self._bound_cache:
-            return
-        kind, index = self.device.kind, self.device.index
-        presents = [spec for spec in self._spec.outputs if spec.name != LOGITS]
-        for tensor, present in zip(cache.tensors, presents, strict=True):
-            place = (kind, index, np.dtype(tensor.dtype), tensor.shape, tensor.address)
-            self._binding.bind_input(tensor.name, *place)
-            self._binding.bind_output(present.name, *place)
-        self._bound_cache = cache
-
-    def _bind_logits(self, shape: tuple[Any, ...]) -> None:
-        if self._logits.shape == shape:
-            return
-        self._logits = np.empty(shape, np.float32)
-        self._binding.bind_output(
-            LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data
-        )
-
-
-def _check_ports(graph: str, side: str, ports: list[Any], specs: tuple[TensorSpec, ...]) -> None:
-    """Compare a loaded graph's inputs or outputs with the graph spec: names, dtypes, fixed dims.
-
-    Raises:
-        BundleError: They differ.
-    """
-    found = {port.name: port for port in ports}
-    expected = {spec.name: spec for spec in specs}
-    if found.keys() != expected.keys():
-        raise BundleError(
-            f"{graph} has the {side} {', '.join(sorted(found))}; expected "
-            f"{', '.join(sorted(expected))}: export the bundle again"
-        )
-    for name, spec in expected.items():
-        port = found[name]
-        is_same_rank = len(port.shape) == len(spec.dims)
-        if port.type != _ORT_TYPES[spec.dtype] or not (
-            is_same_rank
-            and all(
-                actual == dim or isinstance(dim, str)
-                for actual, dim in zip(port.shape, spec.dims, strict=True)
-            )
-        ):
-            raise BundleError(
-                f"{graph}: {name} is {port.type} {list(port.shape)}; expected "
-                f"{_ORT_TYPES[spec.dtype]} {list(spec.dims)}: export the bundle again"
-            )

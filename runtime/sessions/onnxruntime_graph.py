@@ -1,0 +1,198 @@
+"""One ONNX graph on ONNX Runtime, its KV cache bound in place: `OnnxRuntimeGraph`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_deploy.bundle import Bundle, check_external_data
+from gemma_deploy.errors import BundleError, SessionError
+from gemma_deploy.graph_spec import (
+    INPUT_IDS,
+    INPUT_POS,
+    LOGITS,
+    LOGITS_INDEX,
+    GraphSpec,
+    Lowering,
+    Phase,
+    TensorSpec,
+)
+from gemma_deploy.runtime.cache_buffers import CacheBuffers
+from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.sessions.onnxruntime_providers import (
+    ORT_ERRORS,
+    create_inference_session,
+)
+from gemma_deploy.runtime.sessions.session import Int64Array
+
+_ORT_TYPES = {
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSource:
+    """Where a graph comes from.
+
+    Attributes:
+        path: The graph's file; its external data lies in the same folder.
+        spec: What it takes and gives.
+        model: The serialized model to run in the file's place, a rewrite of it; None for the file.
+    """
+
+    path: Path
+    spec: GraphSpec
+    model: bytes | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle, phase: Phase, lowering: Lowering) -> "GraphSource":
+        """Return a bundle's graph, after a look at where its external data lies.
+
+        Raises:
+            BundleError: The bundle has no such graph, or it points outside its files.
+        """
+        path = bundle.graph_path(phase, lowering)
+        check_external_data(bundle.folder, path)
+        return cls(path=path, spec=bundle.manifest.spec(phase, lowering))
+
+
+class OnnxRuntimeGraph:
+    """One loaded graph and the memory that is bound to its inputs and outputs.
+
+    Attributes:
+        device: What it runs on, `cpu` or `cuda`.
+    """
+
+    def __init__(self, source: GraphSource, device: Device, threads: int | None) -> None:
+        """Load a graph.
+
+        Args:
+            source: The graph; where its external data lies has been checked.
+            device: See `create_inference_session`.
+            threads: Threads of the CPU kernels; None for one per core.
+
+        Raises:
+            BackendUnavailableError: CUDA was asked for and does not work here.
+            BundleError: Its inputs and outputs are not those of its spec.
+            SessionError: ONNX Runtime cannot load it.
+        """
+        self._name = source.path.name
+        self._spec = source.spec
+        self._session: Any
+        self._session, self.device = create_inference_session(
+            source.path, device, threads, model=source.model
+        )
+        _check_ports(self._name, "inputs", self._session.get_inputs(), self._spec.inputs)
+        _check_ports(self._name, "outputs", self._session.get_outputs(), self._spec.outputs)
+        self._binding: Any = self._session.io_binding()
+        self._bound_cache: CacheBuffers | None = None
+        self._logits: npt.NDArray[np.float32] = np.empty((0, 0, 0), np.float32)
+
+    def run(
+        self,
+        input_ids: Int64Array,
+        input_pos: Int64Array,
+        logits_index: Int64Array,
+        cache: CacheBuffers,
+    ) -> npt.NDArray[np.float32]:
+        """Run one step; the logits are overwritten by the next one.
+
+        Args:
+            input_ids: int64 [B, S].
+            input_pos: int64 [B].
+            logits_index: int64 [B, L]; only its shape matters to a decode graph.
+            cache: Of B rows; updated in place.
+
+        Returns:
+            float32 [B, L, V].
+
+        Raises:
+            SessionError: ONNX Runtime failed, or the graph is closed.
+        """
+        if self._session is None:
+            raise SessionError("the session is closed: load the model again")
+        given = {INPUT_IDS: input_ids, INPUT_POS: input_pos, LOGITS_INDEX: logits_index}
+        inputs = {
+            spec.name: np.ascontiguousarray(given[spec.name], dtype=np.int64)
+            for spec in self._spec.inputs
+            if spec.name in given
+        }
+        for name, array in inputs.items():
+            self._binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        self._bind_cache(cache)
+        self._bind_logits((*logits_index.shape, self._spec.outputs[0].dims[-1]))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except ORT_ERRORS as err:
+            raise SessionError(
+                f"ONNX Runtime failed in {self._name} with {input_ids.shape[0]} rows of "
+                f"{input_ids.shape[1]} tokens: {err}"
+            ) from err
+        return self._logits
+
+    def unbind(self) -> None:
+        """Let go of the cache of the last step."""
+        if self._bound_cache is None:
+            return
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._bound_cache = None
+        # The logits were bound as well.
+        self._logits = np.empty((0, 0, 0), np.float32)
+
+    def close(self) -> None:
+        """Let go of the session and of everything bound to it."""
+        self._session = self._binding = self._bound_cache = None
+
+    def _bind_cache(self, cache: CacheBuffers) -> None:
+        if cache is self._bound_cache:
+            return
+        kind, index = self.device.kind, self.device.index
+        presents = [spec for spec in self._spec.outputs if spec.name != LOGITS]
+        for tensor, present in zip(cache.tensors, presents, strict=True):
+            place = (kind, index, np.dtype(tensor.dtype), tensor.shape, tensor.address)
+            self._binding.bind_input(tensor.name, *place)
+            self._binding.bind_output(present.name, *place)
+        self._bound_cache = cache
+
+    def _bind_logits(self, shape: tuple[Any, ...]) -> None:
+        if self._logits.shape == shape:
+            return
+        self._logits = np.empty(shape, np.float32)
+        self._binding.bind_output(
+            LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data
+        )
+
+
+def _check_ports(graph: str, side: str, ports: list[Any], specs: tuple[TensorSpec, ...]) -> None:
+    """Compare a loaded graph's inputs or outputs with the graph spec: names, dtypes, fixed dims.
+
+    Raises:
+        BundleError: They differ.
+    """
+    found = {port.name: port for port in ports}
+    expected = {spec.name: spec for spec in specs}
+    if found.keys() != expected.keys():
+        raise BundleError(
+            f"{graph} has the {side} {', '.join(sorted(found))}; expected "
+            f"{', '.join(sorted(expected))}: export the bundle again"
+        )
+    for name, spec in expected.items():
+        port = found[name]
+        is_same_rank = len(port.shape) == len(spec.dims)
+        if port.type != _ORT_TYPES[spec.dtype] or not (
+            is_same_rank
+            and all(
+                actual == dim or isinstance(dim, str)
+                for actual, dim in zip(port.shape, spec.dims, strict=True)
+            )
+        ):
+            raise BundleError(
+                f"{graph}: {name} is {port.type} {list(port.shape)}; expected "
+                f"{_ORT_TYPES[spec.dtype]} {list(spec.dims)}: export the bundle again"
+            )
