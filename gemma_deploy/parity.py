@@ -190,7 +190,7 @@ def default_tolerance(
     * 1e-4: the weights are as they were and the graph computes in float32. Only the order of
       float32 sums differs, some hundred roundings of 6e-8 deep.
     * 1e-2: the graph computes in float16, whose roundings are of 5e-4.
-    * 5e-2: the weights were narrowed to bfloat16, roundings of 4e-3.
+    * 5e-2: the weights were narrowed to bfloat16, or the graph computes in it: roundings of 4e-3.
 
     Args:
         precision: The candidate's.
@@ -198,7 +198,9 @@ def default_tolerance(
         reference: Logits of the checkpoint.
     """
     stored = {DTYPE_NAMES[tensor.dtype] for tensor in checkpoint.tensors.values()}
-    is_exact = precision.weights == "float32" or stored == {precision.weights}
+    is_exact = precision.activations == "float32" and (
+        precision.weights == "float32" or stored == {precision.weights}
+    )
     share = 1e-2 if precision.activations == "float16" else 1e-4 if is_exact else 5e-2
     return share * max(float(np.abs(logits).max()) for logits in reference)
 

@@ -53,6 +53,21 @@ def ragged(session: "Session", rows: Sequence[TokenRow]) -> Iterator[FloatArray]
     return iter(logits)
 
 
+def ragged_chunks(session: "Session", rows: Sequence[TokenRow]) -> Iterator[FloatArray]:
+    """Read all texts but their last tokens, then these: one step continues rows of all lengths."""
+    starts = np.array([row.positions[0] for row in rows], np.int64)
+    count = len(rows[0].positions)
+    cache = session.new_cache(len(rows), int(starts.max()) + count)
+    head = np.zeros((len(rows), max(1, int(starts.max()))), np.int64)
+    for number, row in enumerate(rows):
+        head[number, : starts[number]] = row.token_ids[: starts[number]]
+    first = np.zeros((len(rows), 1), np.int64)
+    _step(session, head, np.zeros(len(rows), np.int64), first, cache)
+    tail = np.array([[row.token_ids[p] for p in row.positions] for row in rows], np.int64)
+    index = np.tile(np.arange(count, dtype=np.int64), (len(rows), 1))
+    return iter(_step(session, tail, starts, index, cache))
+
+
 def _in_chunks(
     session: "Session", rows: Sequence[TokenRow], chunk_tokens: int
 ) -> Iterator[FloatArray]:
@@ -90,4 +105,9 @@ TEXT_WALKS: Final[Mapping[str, Walk]] = MappingProxyType(
         "decode graph, token by token": stepwise,
     }
 )
-BATCH_WALKS: Final[Mapping[str, Walk]] = MappingProxyType({"both graphs, ragged batch": ragged})
+BATCH_WALKS: Final[Mapping[str, Walk]] = MappingProxyType(
+    {
+        "both graphs, ragged batch": ragged,
+        "prefill graph, ragged batch in chunks": ragged_chunks,
+    }
+)

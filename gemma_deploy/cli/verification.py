@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle, check_external_data
+from gemma_deploy.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli.console import Progress, format_bytes
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
 from gemma_deploy.cli.lazy_group import explain_os_error
+from gemma_deploy.cli.verification_graphs import GraphChoice, check_weights
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
 from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError, RequestError
-from gemma_deploy.graph_spec import PHASES, DType
+from gemma_deploy.graph_spec import DType
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -51,8 +52,7 @@ class Verification:
     Attributes:
         bundle: The bundle's folder.
         checkpoint: The checkpoint it should agree with; None for no comparison.
-        device: Where the graphs run.
-        threads: Threads of the CPU kernels; None for one per core.
+        graphs: Which graphs are run, and where.
         tolerance: Largest difference of a logit that passes; None for what rounding explains.
         text: What is read; None for a text of our own.
         tokens: Most tokens of the text that are read.
@@ -60,8 +60,7 @@ class Verification:
 
     bundle: Path
     checkpoint: Path | None
-    device: str
-    threads: int | None
+    graphs: GraphChoice
     tolerance: float | None
     text: str | None
     tokens: int
@@ -83,7 +82,7 @@ class Verification:
             name = "hashes"
             yield _passed(name, _check_hashes(bundle, on_progress))
             name = "weights"
-            yield _passed(name, _check_weights(bundle))
+            yield _passed(name, check_weights(bundle))
             name = "tokenizer"
             yield _passed(name, _check_tokenizer(bundle))
             name = "checkpoint"
@@ -91,10 +90,9 @@ class Verification:
             if rows:
                 yield _passed(name, describe_rows(bundle.config, rows, self.tokens))
             name = "graphs"
-            with self._load(bundle, on_progress) as session:
-                yield _passed(
-                    name, f"both load and are as the manifest says, on {session.device.kind}"
-                )
+            on_progress("loading the graphs", 0, 1)
+            with self.graphs.load(bundle) as session:
+                yield _passed(name, self.graphs.describe(session))
                 name = "parity"
                 yield from self._compare(bundle, session, rows, reference, on_progress)
         except RequestError:
@@ -105,15 +103,6 @@ class Verification:
             if err.filename is None:  # not of the bundle or the checkpoint: stderr went away
                 raise
             yield Check(name=name, is_ok=False, detail=explain_os_error(err))
-
-    def _load(self, bundle: Bundle, on_progress: Progress) -> "OnnxRuntimeSession":
-        from gemma_deploy.runtime.devices import Device
-        from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
-
-        on_progress("loading the graphs", 0, 1)
-        return OnnxRuntimeSession(
-            bundle, device=Device.parse(self.device), threads=self.threads, use_decode_graph=True
-        )
 
     def _reference(
         self, bundle: Bundle, on_progress: Progress
@@ -161,7 +150,7 @@ class Verification:
     ) -> Iterator[Check]:
         if self.checkpoint is None:
             return
-        precision = bundle.manifest.precision
+        precision = bundle.manifest.precision_of(self.graphs.lowering)
         tolerance = self.tolerance or default_tolerance(
             precision, Checkpoint.open(self.checkpoint), reference
         )
@@ -240,12 +229,6 @@ def _check_hashes(bundle: Bundle, on_progress: Progress) -> str:
             "says. Copy the bundle again, or export it again"
         )
     return f"SHA-256 of {len(bundle.manifest.files)} files as the manifest says"
-
-
-def _check_weights(bundle: Bundle) -> str:
-    for phase in PHASES:
-        check_external_data(bundle.folder, bundle.graph_path(phase))
-    return f"every tensor of the graphs lies inside {bundle.manifest.weights}"
 
 
 def _check_tokenizer(bundle: Bundle) -> str:

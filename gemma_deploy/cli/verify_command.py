@@ -2,10 +2,15 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from gemma_deploy.cli.console import emit_json, progress
+
+if TYPE_CHECKING:
+    from gemma_deploy.engine import Attention
+    from gemma_deploy.graph_spec import Lowering
 
 
 @click.command(
@@ -16,11 +21,13 @@ Examples:
   gemma-deploy verify gemma-2b
   gemma-deploy verify gemma-2b --checkpoint ~/models/gemma-2b
   gemma-deploy verify gemma-2b --checkpoint ~/models/gemma-2b --tolerance 0.1 --json
+  gemma-deploy verify gemma-2b --checkpoint ~/models/gemma-2b --graph tensorrt
 
 Exits with 1 if a check fails. The tolerance bounds the difference of any logit. Unless given, it is
 what rounding explains, as a share of the checkpoint's largest logit: 0.0001 for a bundle that
 computes in float32 on the weights as they were (only the order of sums differs), 0.01 for float16
-(each activation is rounded to 11 bits), 0.05 for weights that were narrowed to bfloat16 (8 bits).
+(each activation is rounded to 11 bits), 0.05 for weights that were narrowed to bfloat16 (8 bits) and
+for TensorRT graphs in it.
 
 That a float16 bundle passes on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's
 CPU multiplies matrices in float32.
@@ -33,6 +40,20 @@ CPU multiplies matrices in float32.
     metavar="FOLDER",
     help="Also compare logits with this checkpoint, run by eager torch in float32. Needs memory for "
     "the model in float32.",
+)
+@click.option(
+    "--graph",
+    "lowering",
+    type=click.Choice(["onnxruntime", "tensorrt", "portable"]),
+    default="onnxruntime",
+    show_default=True,
+    help="Which of the bundle's graphs to run. What the tensorrt graphs mean is computed by ONNX "
+    "Runtime, on the CPU in float32: no TensorRT kernel runs, and none is needed.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "native", "plugin"]),
+    help="For --graph tensorrt: attention as an engine would be built with it. [default: auto]",
 )
 @click.option(
     "--tolerance",
@@ -76,6 +97,8 @@ def command(
     *,
     bundle: Path,
     checkpoint: Path | None,
+    lowering: "Lowering",
+    attention: "Attention | None",
     tolerance: float | None,
     text_file: Path | None,
     tokens: int,
@@ -86,7 +109,7 @@ def command(
     """Check the bundle in the folder BUNDLE.
 
     The manifest and the files it names, the SHA-256 of each, where the graphs' weights lie, the
-    tokenizer, and that ONNX Runtime loads both graphs. With --checkpoint both graphs also read a
+    tokenizer, and that ONNX Runtime loads the graphs of both phases. With --checkpoint both graphs also read a
     text (whole, in chunks, token by token, and as a batch of different lengths) and their logits
     are compared with the checkpoint's.
     """
@@ -94,13 +117,17 @@ def command(
         raise click.UsageError("--tolerance and --text compare logits: give --checkpoint too")
     if tolerance is not None and not math.isfinite(tolerance):
         raise click.UsageError(f"--tolerance is {tolerance}; expected a finite number above 0")
+    if attention is not None and lowering != "tensorrt":
+        raise click.UsageError("--attention is for TensorRT graphs: give --graph tensorrt too")
     from gemma_deploy.cli.verification import Verification
+    from gemma_deploy.cli.verification_graphs import GraphChoice
 
     verification = Verification(
         bundle=bundle,
         checkpoint=checkpoint,
-        device=device,
-        threads=threads,
+        graphs=GraphChoice(
+            lowering=lowering, attention=attention or "auto", device=device, threads=threads
+        ),
         tolerance=tolerance,
         text=None if text_file is None else _read(text_file),
         tokens=tokens,

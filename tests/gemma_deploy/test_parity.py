@@ -160,6 +160,12 @@ class TestDefaultTolerance:
 
         assert default_tolerance(Precision.of(bundle), checkpoint, reference) == share * 30
 
+    def test_a_graph_that_computes_in_bfloat16(self, tiny_checkpoint: Callable[..., Path]) -> None:
+        checkpoint = Checkpoint.open(tiny_checkpoint("gemma1", "bfloat16"))
+        precision = Precision.of("bfloat16").of_lowering("tensorrt")
+
+        assert default_tolerance(precision, checkpoint, [np.array([[1.0, -30.0]])]) == 1.5
+
 
 def pair(*, positions: int, vocab: int, noise: float) -> tuple[FloatArray, FloatArray]:
     random = np.random.default_rng(0)

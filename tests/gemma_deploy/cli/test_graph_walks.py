@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from gemma_deploy.cli import graph_walks
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
 from gemma_deploy.parity import TokenRow
-from gemma_deploy.runtime.sessions.session import StepLogits
+from gemma_deploy.runtime.sessions.session import SessionLimits, StepLogits
 
 VOCAB = 7
 
@@ -24,11 +24,20 @@ class SumSession:
     memory: Any = None
     config: Any = None
     xp: Any = np
+    limits: ClassVar = SessionLimits()
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Any:
         return np.zeros((batch_size, max_seq_len), np.int64)
 
-    def step(self, input_ids: Any, input_pos: Any, logits_index: Any, cache: Any) -> Any:
+    def step(
+        self,
+        input_ids: Any,
+        input_pos: Any,
+        logits_index: Any,
+        cache: Any,
+        *,
+        num_candidates: int | None = None,  # noqa: ARG002 - the protocol's
+    ) -> StepLogits:
         self.steps.append(input_ids.shape)
         logits = np.empty((*logits_index.shape, VOCAB), np.float32)
         for row, start in enumerate(input_pos):
@@ -85,6 +94,14 @@ def test_a_batch_is_read_at_once_and_continued_token_by_token() -> None:
     list(graph_walks.ragged(session, BATCH))
 
     assert session.steps == [(3, 8), (3, 1), (3, 1)]
+
+
+def test_a_batch_is_continued_by_several_tokens_of_rows_of_all_lengths() -> None:
+    session = SumSession()
+
+    list(graph_walks.ragged_chunks(session, BATCH))
+
+    assert session.steps == [(3, 7), (3, 3)]
 
 
 def check(walk: Walk, rows: Sequence[TokenRow]) -> None:

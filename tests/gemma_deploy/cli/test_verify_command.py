@@ -10,10 +10,32 @@ import onnx
 import pytest
 from click.testing import Result
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file
 
+from gemma_deploy import api
 from gemma_deploy.bundle import record_file
 from gemma_deploy.cli.verification import describe_parity
+from gemma_deploy.graph_spec import LOWERINGS
 from gemma_deploy.parity import ParityCounter
+
+
+@pytest.fixture(scope="module")
+def narrow_checkpoint(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint in bfloat16, so that its bundle's weights are not rounded any further."""
+    folder = tmp_path_factory.mktemp("narrow") / "checkpoint"
+    shutil.copytree(bundle_checkpoint, folder)
+    tensors = load_torch_file(folder / "model.safetensors")
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow(narrow_checkpoint: Path) -> Path:
+    """Its bundle, with every lowering."""
+    folder = narrow_checkpoint.with_name("bundle")
+    return api.export(narrow_checkpoint, folder, graphs=LOWERINGS).folder
 
 
 class TestWholeBundle:
@@ -40,6 +62,7 @@ class TestWholeBundle:
             "parity, prefill graph, in chunks",
             "parity, decode graph, token by token",
             "parity, both graphs, ragged batch",
+            "parity, prefill graph, ragged batch in chunks",
         ]
         for figures in parity.values():
             assert 0 < figures["max_abs_difference"] <= figures["tolerance"]
@@ -65,7 +88,7 @@ class TestWholeBundle:
         assert result.exit_code == 0, result.stdout
         assert "tokenizer: none: only token ids can be given" in result.stdout
         assert "ok    checkpoint: 256 tokens are read, 256 positions of them" in result.stdout
-        assert result.stdout.count("ok    parity, ") == 4
+        assert result.stdout.count("ok    parity, ") == 5
 
     def test_reads_a_text_of_ones_own(
         self,
@@ -107,6 +130,103 @@ class TestWholeBundle:
         assert result.stdout.count("of 20 positions") == 3
 
 
+class TestOtherGraphs:
+    @pytest.mark.parametrize("attention", [None, "native", "plugin"])
+    def test_tensorrt_graphs_agree_and_it_is_said_what_ran(
+        self,
+        attention: str | None,
+        invoke: Callable[..., Result],
+        narrow: Path,
+        narrow_checkpoint: Path,
+    ) -> None:
+        options = [] if attention is None else ["--attention", attention]
+        result = invoke(
+            "verify", narrow, "--checkpoint", narrow_checkpoint, "--graph", "tensorrt", *options
+        )
+
+        assert result.exit_code == 0, result.stdout
+        assert result.stdout.count("ok    parity, ") == 5
+        assert "NO TensorRT kernel ran: ONNX Runtime computes in float32" in result.stdout
+        assert f"with attention {attention or 'auto'}" in result.stdout
+        is_assumed = "taken from its documentation" in result.stdout
+        assert is_assumed is (attention != "plugin")
+
+    def test_portable_graphs_agree(
+        self, invoke: Callable[..., Result], narrow: Path, narrow_checkpoint: Path
+    ) -> None:
+        result = invoke("verify", narrow, "--checkpoint", narrow_checkpoint, "--graph", "portable")
+
+        assert result.exit_code == 0, result.stdout
+        assert result.stdout.count("ok    parity, ") == 5
+        assert "TensorRT" not in result.stdout
+
+    def test_other_weights_under_the_right_hash(
+        self,
+        invoke: Callable[..., Result],
+        narrow: Path,
+        narrow_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        tampered = shutil.copytree(narrow, tmp_path / "tampered")
+        tamper(tampered, "model.norm.scale", factor=1.2)
+
+        result = invoke(
+            "verify", tampered, "--checkpoint", narrow_checkpoint, "--graph", "tensorrt"
+        )
+
+        assert result.exit_code == 1
+        assert "ok    graphs" in result.stdout
+        assert result.stdout.count("FAIL  parity, ") == 5
+
+    def test_a_graph_that_computes_in_another_dtype(
+        self, invoke: Callable[..., Result], narrow: Path, tmp_path: Path
+    ) -> None:
+        """Rewritten to float32, it would pass for the graph it should be."""
+        changed = shutil.copytree(narrow, tmp_path / "changed")
+        path = changed / "decode.tensorrt.onnx"
+        model = onnx.load(path, load_external_data=False)
+        for value in model.graph.input:
+            if value.name.startswith("past_key_values"):
+                value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+        path.write_bytes(model.SerializeToString())
+        rerecord(path)
+
+        result = invoke("verify", changed, "--graph", "tensorrt")
+
+        assert result.exit_code == 1
+        assert "past_key_values.0.key is float16; expected bfloat16" in result.stdout
+
+    def test_graphs_that_are_not_there(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        result = invoke("verify", bundle, "--graph", "portable")
+
+        assert result.exit_code == 1
+        assert "FAIL  graphs: the bundle has no portable graphs, only onnxruntime" in result.stdout
+        assert "--graphs portable" in result.stdout
+
+    def test_tensorrt_graphs_of_a_float32_bundle(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        result = invoke("verify", bundle, "--graph", "tensorrt")
+
+        assert result.exit_code == 1
+        assert "FAIL  graphs: the bundle is in float32" in result.stdout
+        assert "--fp16" in result.stdout
+
+    def test_on_another_device(self, invoke: Callable[..., Result], narrow: Path) -> None:
+        result = invoke("verify", narrow, "--graph", "portable", "--device", "cuda")
+
+        assert result.exit_code == 2
+        assert "portable graphs are checked on the CPU" in result.stderr
+
+    def test_attention_of_graphs_that_have_no_choice(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        result = invoke("verify", bundle, "--attention", "native")
+
+        assert result.exit_code == 2
+        assert "give --graph tensorrt too" in result.stderr
+
+
 class TestDamage:
     def test_a_tolerance_that_rounding_passes(
         self, invoke: Callable[..., Result], bundle: Path, bundle_checkpoint: Path
@@ -114,7 +234,7 @@ class TestDamage:
         result = invoke("verify", bundle, "--checkpoint", bundle_checkpoint, "--tolerance", "1e-9")
 
         assert result.exit_code == 1
-        assert result.stdout.count("FAIL  parity, ") == 4
+        assert result.stdout.count("FAIL  parity, ") == 5
 
     def test_a_changed_file(
         self, invoke: Callable[..., Result], bundle: Path, tmp_path: Path
@@ -161,7 +281,7 @@ class TestDamage:
 
         assert result.exit_code == 1
         assert "ok    graphs" in result.stdout
-        assert result.stdout.count("FAIL  parity, ") == 4
+        assert result.stdout.count("FAIL  parity, ") == 5
 
     def test_logits_that_are_not_finite(
         self,
