@@ -1,6 +1,6 @@
 """Shared fixtures: tiny random checkpoints of every generation, written by transformers itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,10 +95,10 @@ class TinyCheckpoints(Protocol):
 class TinyBundles(Protocol):
     """Exports a tiny checkpoint on first use; later calls return the same folder: do not change it.
 
-    `graphs` are those besides ONNX Runtime's.
+    Bundles have the graphs of every lowering that their dtype allows.
     """
 
-    def __call__(self, name: str, dtype: str = "float32", graphs: Sequence[str] = ()) -> Path: ...
+    def __call__(self, name: str, dtype: str = "float32") -> Path: ...
 
 
 class Oracle(Protocol):
@@ -131,18 +131,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints
 def tiny_bundle(
     tiny_checkpoint: TinyCheckpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> TinyBundles:
-    """Return `tiny_bundle(name, dtype="float32", graphs=()) -> folder`: tiny checkpoints, exported."""
-    folders: dict[tuple[str, str, frozenset[str]], Path] = {}
+    """Return `tiny_bundle(name, dtype="float32") -> folder`: tiny checkpoints, exported."""
+    folders: dict[tuple[str, str], Path] = {}
 
-    def get(name: str, dtype: str = "float32", graphs: Sequence[str] = ()) -> Path:
+    def get(name: str, dtype: str = "float32") -> Path:
         from gemma_deploy.exporters.export import export_checkpoint
 
-        key = (name, dtype, frozenset(graphs))
-        if key not in folders:
+        if (name, dtype) not in folders:
             folder = tmp_path_factory.mktemp("bundles") / f"{name}-{dtype}"
+            graphs = ["portable"] if dtype == "float32" else ["portable", "tensorrt"]
             export_checkpoint(tiny_checkpoint(name), folder, dtype=dtype, graphs=graphs)  # type: ignore[arg-type]  # tests name dtypes and graphs that exist
-            folders[key] = folder
-        return folders[key]
+            folders[name, dtype] = folder
+        return folders[name, dtype]
 
     return get
 

@@ -1,15 +1,20 @@
 """Runs a bundle's graphs on ONNX Runtime itself, without the runtime that is built on them."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from gemma_deploy.graph_spec import Phase
+from gemma_deploy.engine import Attention
+from gemma_deploy.exporters.passes.attention import use_attention
+from gemma_deploy.exporters.passes.cpu_reference import use_cpu_reference
+from gemma_deploy.graph_spec import Lowering, Phase, graph_name
 
 Array = npt.NDArray[Any]
 
@@ -17,13 +22,20 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Graph:
-    """One graph of a bundle, on one CPU thread."""
+    """One graph of a bundle, on one CPU thread.
 
-    def __init__(self, folder: Path, phase: Phase) -> None:
+    Args:
+        path: Its file, whose external data lies beside it.
+        model: A serialized model to run in the file's place.
+    """
+
+    def __init__(self, path: Path, model: bytes | None = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        folder_entry = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder_entry, str(path.parent))
         self.session = ort.InferenceSession(
-            folder / f"{phase}.onnx", options, providers=["CPUExecutionProvider"]
+            model or path, options, providers=["CPUExecutionProvider"]
         )
 
     @property
@@ -80,17 +92,40 @@ class Graph:
 class Graphs(Protocol):
     """Loads a graph of a bundle on first use."""
 
-    def __call__(self, folder: Path, phase: Phase) -> Graph: ...
+    def __call__(self, folder: Path, phase: Phase, lowering: Lowering = "onnxruntime") -> Graph: ...
+
+
+class ReferenceGraphs(Protocol):
+    """Loads a TensorRT graph of a bundle on first use, rewritten to run on a CPU in float32.
+
+    Without `attention` its nodes are those of the file, otherwise those of an engine's graph.
+    """
+
+    def __call__(self, folder: Path, phase: Phase, attention: Attention | None) -> Graph: ...
 
 
 @pytest.fixture(scope="session")
 def open_graph() -> Graphs:
-    """Return `open_graph(folder, phase) -> Graph`."""
-    graphs: dict[tuple[Path, Phase], Graph] = {}
+    """Return `open_graph(folder, phase, lowering="onnxruntime") -> Graph`."""
 
-    def get(folder: Path, phase: Phase) -> Graph:
-        if (folder, phase) not in graphs:
-            graphs[folder, phase] = Graph(folder, phase)
-        return graphs[folder, phase]
+    @functools.cache
+    def get(folder: Path, phase: Phase, lowering: Lowering = "onnxruntime") -> Graph:
+        return Graph(folder / f"{graph_name(phase, lowering)}.onnx")
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def open_reference_graph() -> ReferenceGraphs:
+    """Return `open_reference_graph(folder, phase, attention) -> Graph`."""
+
+    @functools.cache
+    def get(folder: Path, phase: Phase, attention: Attention | None) -> Graph:
+        path = folder / f"{graph_name(phase, 'tensorrt')}.onnx"
+        model = ir.load(path)
+        if attention is not None:
+            use_attention(model, attention)
+        use_cpu_reference(model)
+        return Graph(path, ir.to_proto(model).SerializeToString())
 
     return get
