@@ -13,7 +13,6 @@ import pytest
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.engine import EngineFolder
 from gemma_deploy.exporters.engine import BuildOptions, build_engine
-from gemma_deploy.tokenizer import GemmaTokenizer
 
 
 class EngineBundles(Protocol):
@@ -36,24 +35,15 @@ class Engines(Protocol):
 
 @pytest.fixture(scope="session")
 def engine_bundle(
-    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> EngineBundles:
-    """Return `engine_bundle(name, dtype="float16") -> Bundle`, with tokenizer and licence."""
-    from gemma_deploy.exporters.export import export_checkpoint
-
+    """Return `engine_bundle(name, dtype="float16") -> Bundle`: a copy of the tiny bundle."""
     bundles: dict[tuple[str, str], Bundle] = {}
 
     def get(name: str, dtype: str = "float16") -> Bundle:
         if (name, dtype) not in bundles:
-            folder = tmp_path_factory.mktemp(f"engine-{name}-{dtype}")
-            shutil.copytree(tiny_checkpoint(name), folder / "checkpoint")
-            GemmaTokenizer().save_pretrained(folder / "checkpoint")
-            (folder / "checkpoint" / "LICENSE").write_text("The terms of this model.")
-            bundles[name, dtype] = export_checkpoint(
-                folder / "checkpoint",
-                folder / "bundle",
-                dtype=dtype,  # type: ignore[arg-type]  # tests name dtypes that exist
-            )
+            folder = tmp_path_factory.mktemp(f"engine-{name}-{dtype}") / "bundle"
+            bundles[name, dtype] = Bundle.open(shutil.copytree(tiny_bundle(name, dtype), folder))
         return bundles[name, dtype]
 
     return get
