@@ -172,7 +172,9 @@ Raises:
 
 
 @static_cache_attention.register_kernel("cuda")
-def _(*inputs: Tensor, **attributes: float) -> tuple[Tensor, Tensor, Tensor]:
+def _static_cache_attention_on_gpu(
+    *inputs: Tensor, **attributes: float
+) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, key_cache, value_cache, cos, sin, input_pos = inputs
     if not are_supported(query, key_cache):
         return _static_cache_attention(*inputs, **attributes)  # type: ignore[arg-type]  # as the schema says

@@ -25,7 +25,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_WINDOW = tl.constexpr(1 << 30)
 
 
-@triton.jit
+# Called just in time, Triton would compile anew for integers that are 1 or divisible by 16.
+@triton.jit(do_not_specialize=["sliding_window", "num_tokens", "capacity", "num_kv_heads"])
 def attend(
     query,
     key_cache,
@@ -210,7 +211,7 @@ def _walk(
     return accumulator, running_max, running_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads", "num_parts"])
 def combine(
     partial_output,
     partial_lse,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gemma_deploy.errors import RequestError
 from gemma_deploy.ops import attention_kernels
+from gemma_deploy.ops import static_cache_attention as op_module
 from gemma_deploy.ops.static_cache_attention import static_cache_attention
 
 # A few roundings of the dtype: of the rotated vectors, the weights and the output.
@@ -131,6 +132,44 @@ def test_passes_torch_opcheck() -> None:
     torch.library.opcheck(
         static_cache_attention, tuple(on_gpu(inputs).values()), {"scale": 0.4, "sliding_window": 2}
     )
+
+
+@pytest.mark.parametrize("input_pos", [(3, 0), (9, 14)])
+def test_what_leads_up_to_the_kernels_equals_the_eager_path(
+    monkeypatch: pytest.MonkeyPatch, input_pos: tuple[int, ...]
+) -> None:
+    """With torch in the kernels' place, on the CPU."""
+
+    def attend(*arguments: Any) -> Tensor:
+        query, keys, values, start, scale, softcap, sliding_window = arguments
+        distance = (start[:, None] + torch.arange(query.shape[1]))[:, :, None] - torch.arange(16)
+        is_seen = (distance >= 0) & (distance < sliding_window)
+        assert softcap == 0
+        return torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, is_seen[:, None], scale=scale, enable_gqa=True
+        ).transpose(1, 2)
+
+    monkeypatch.setattr(op_module, "are_supported", lambda *_: True)
+    monkeypatch.setattr(op_module, "attend_on_gpu", attend)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    inputs = make_inputs(
+        heads=(4, 2),
+        head_dim=16,
+        input_pos=input_pos,
+        num_tokens=2,
+        dtype=torch.float32,
+        capacity=16,
+    )
+    inputs = {n: x.nan_to_num() if x.is_floating_point() else x for n, x in inputs.items()}
+    attributes: dict[str, Any] = {"scale": 0.3, "sliding_window": 5}
+    on_gpu_path = op_module._static_cache_attention_on_gpu(*inputs.values(), **attributes)
+    for got, wanted in zip(
+        on_gpu_path, static_cache_attention(**inputs, **attributes), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    inputs["input_pos"] += 10
+    with pytest.raises(RequestError, match="the cache has 16"):
+        op_module._static_cache_attention_on_gpu(*inputs.values(), **attributes)
 
 
 def test_supports_only_what_the_kernels_cover(monkeypatch: pytest.MonkeyPatch) -> None:
