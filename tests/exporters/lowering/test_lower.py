@@ -1,9 +1,10 @@
-"""Each op by itself: written as ONNX nodes and run, against torch's meaning of it."""
+"""Each op by itself: written by every lowering and run, against torch's meaning of it."""
 
 import warnings
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -14,10 +15,15 @@ from torch.export import Dim
 from gemma_deploy.exporters.lowering.lower import lower
 from gemma_deploy.exporters.lowering.traced_ops import translation_table
 from gemma_deploy.exporters.tracing import ir_dtype
-from gemma_deploy.graph_spec import DType
+from gemma_deploy.graph_spec import LOWERINGS, DType, Lowering
 from gemma_deploy.ops.static_cache_attention import static_cache_attention
 
 HEAD_DIM, CAPACITY = 16, 32
+PRODUCTS: dict[Lowering, list[str]] = {
+    "onnxruntime": ["FusedMatMul"],
+    "tensorrt": ["Transpose", "MatMul"],
+    "portable": ["Transpose", "MatMul"],
+}
 
 
 class Attention(nn.Module):
@@ -56,8 +62,16 @@ def traced(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any = None) -
     return onnx_program.model
 
 
-def lowered(model: ir.Model, activations: DType) -> ir.Model:
-    lower(model, "onnxruntime", ir_dtype(activations))
+def lowered(model: ir.Model, lowering: Lowering, activations: DType = "float32") -> ir.Model:
+    model = unchecked(model, lowering, activations)
+    onnx.checker.check_model(ir.to_proto(model))
+    return model
+
+
+def unchecked(model: ir.Model, lowering: Lowering, activations: DType) -> ir.Model:
+    """Lower a model whose initializers were only declared to be of another dtype."""
+    model = model.clone()
+    lower(model, lowering, ir_dtype(activations))
     return model
 
 
@@ -101,35 +115,53 @@ def test_attention(heads: tuple[int, int], attributes: dict[str, Any]) -> None:
     step = {0: batch, 1: tokens}
     dynamic = ((step, step, step, {0: batch}, {0: batch}, step, step, {0: batch}),)
     example = attention_inputs([0, 0], 3, heads, torch.float32)
-    model = lowered(traced(Attention(**attributes), example, dynamic), "float32")
-    # Prefill, a chunk of one row (all that ONNX Runtime continues at once), ragged decode.
-    for input_pos, num_tokens in (([0, 0], 12), ([7], 9), ([0, 4, 30], 1)):
-        inputs = attention_inputs(input_pos, num_tokens, heads, torch.float32)
-        wanted = static_cache_attention(*inputs, **attributes)
-        output, *caches = run(model, inputs)
-        # Float32 sums in another order.
-        np.testing.assert_allclose(output, wanted[0], rtol=0, atol=2e-5)
-        for row, start in enumerate(input_pos):
-            stop = start + num_tokens
-            for ours, theirs in zip(caches, wanted[1:], strict=True):
-                np.testing.assert_allclose(ours[row, :, :stop], theirs[row, :, :stop], atol=2e-6)
+    model = traced(Attention(**attributes), example, dynamic)
+    for lowering in LOWERINGS:
+        # Prefill, a chunk of one row, ragged decode, and ragged chunks.
+        steps = [([0, 0], 12), ([7], 9), ([0, 4, 30], 1), ([0, 3, 20], 9)]
+        if lowering == "onnxruntime":
+            steps.pop()  # its attention continues by several tokens one row at a time
+        for input_pos, num_tokens in steps:
+            check_attention(lowered(model, lowering), input_pos, num_tokens, heads, attributes)
+
+
+def check_attention(
+    model: ir.Model,
+    input_pos: list[int],
+    num_tokens: int,
+    heads: tuple[int, int],
+    attributes: dict[str, Any],
+) -> None:
+    inputs = attention_inputs(input_pos, num_tokens, heads, torch.float32)
+    wanted = static_cache_attention(*inputs, **attributes)
+    output, *caches = run(model, inputs)
+    # Float32 sums in another order.
+    np.testing.assert_allclose(output, wanted[0], rtol=0, atol=2e-5)
+    for row, start in enumerate(input_pos):
+        stop = start + num_tokens
+        for ours, theirs in zip(caches, wanted[1:], strict=True):
+            np.testing.assert_allclose(ours[row, :, :stop], theirs[row, :, :stop], atol=2e-6)
 
 
 def test_attention_in_float16() -> None:
     inputs = attention_inputs([0, 0], 12, (4, 1), torch.float16)
     exact = tuple(x.float() if x.is_floating_point() else x for x in inputs)
     wanted, *_ = static_cache_attention(*exact, scale=0.5)
-    output, *_ = run(lowered(traced(Attention(scale=0.5), inputs), "float16"), inputs)
-    assert output.dtype == np.float16
-    # Rotated keys and outputs of up to 4 are rounded to 2^-9; a softmax spreads it.
-    np.testing.assert_allclose(output, wanted, rtol=0, atol=1e-2)
+    model = traced(Attention(scale=0.5), inputs)
+    for lowering in LOWERINGS:
+        output, *_ = run(lowered(model, lowering, "float16"), inputs)
+        assert output.dtype == np.float16
+        # Rotated keys and outputs of up to 4 are rounded to 2^-9; a softmax spreads it.
+        np.testing.assert_allclose(output, wanted, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_and_embedding(bias: bool) -> None:
     module, ids = Head(bias=bias), torch.tensor([[3, 19, 0]])
-    (output,) = run(lowered(traced(module, (ids,)), "float32"), (ids,))
-    np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
+    model = traced(module, (ids,))
+    for lowering in LOWERINGS:
+        (output,) = run(lowered(model, lowering), (ids,))
+        np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -143,19 +175,34 @@ def test_linear_and_embedding_over_bfloat16_weights(bias: bool) -> None:
         value.const_value = ir.tensor(weight.detach().bfloat16(), name=name)
         value.dtype = ir.DataType.BFLOAT16
         weight.data = weight.data.bfloat16().float()
-    (output,) = run(lowered(model, "float32"), (ids,))
-    np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
+    for lowering in LOWERINGS:
+        (output,) = run(lowered(model, lowering), (ids,))
+        np.testing.assert_allclose(output, module(ids).detach(), rtol=0, atol=1e-6)
 
 
 def test_weights_are_used_as_stored() -> None:
-    """[out, in], without a transposed copy, and without a cast unless they are bfloat16."""
+    """[out, in], and without a cast of the table that rows are looked up in."""
     ids = torch.tensor([[1]])
     model = traced(Head(bias=True), (ids,))
     for dtype, num_casts in ((ir.DataType.FLOAT, 0), (ir.DataType.BFLOAT16, 2)):
         stored = model.clone()
         for name in ("embedding.weight", "linear.weight"):
             stored.graph.initializers[name].dtype = dtype
-        op_types = [node.op_type for node in lowered(stored, "float32").graph]
-        assert "Transpose" not in op_types
-        assert op_types.count("FusedMatMul") == 1
-        assert op_types.count("Cast") == num_casts
+        for lowering, product in PRODUCTS.items():
+            graph = unchecked(stored, lowering, "float32").graph
+            op_types = [node.op_type for node in graph if node.op_type != "Cast"]
+            assert op_types == ["Gather", *product, "Add"]
+            assert sum(node.op_type == "Cast" for node in graph) == num_casts
+            gather = next(node for node in graph if node.op_type == "Gather")
+            assert gather.inputs[0] is graph.initializers["embedding.weight"]
+
+
+def test_biases_that_are_stored_wider_than_the_activations() -> None:
+    """As in TensorRT graphs of a bfloat16 bundle."""
+    module, ids = Head(bias=True).bfloat16(), torch.tensor([[1]])
+    model = traced(module, (ids,))
+    model.graph.initializers["linear.bias"].dtype = ir.DataType.FLOAT
+    graph = unchecked(model, "tensorrt", "bfloat16").graph
+    (cast,) = (node for node in graph if node.op_type == "Cast")
+    assert cast.inputs[0] is graph.initializers["linear.bias"]
+    assert cast.attributes.get_int("to") == ir.DataType.BFLOAT16
