@@ -167,7 +167,7 @@ def test_what_leads_up_to_the_kernels_equals_the_eager_path(
         on_gpu_path, static_cache_attention(**inputs, **attributes), strict=True
     ):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
-    inputs["input_pos"] += 10
+    inputs["input_pos"] += 13
     with pytest.raises(RequestError, match="the cache has 16"):
         op_module._static_cache_attention_on_gpu(*inputs.values(), **attributes)
 
