@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_deploy.ops.attention_kernels import run_kernels
-from gemma_deploy.plugins.attention.schedule import Tile
+from gemma_deploy.plugins.attention.schedule import COMBINE_BLOCK_PARTS, Tile
 
 pytest.importorskip("triton")
 
@@ -116,11 +116,20 @@ def test_takes_gemma_head_dims_in_tiles_of_several_tokens(
     torch.testing.assert_close(actual, problem.expected, atol=FLOAT32_ATOL, rtol=0)
 
 
-def test_more_parts_than_blocks_changes_nothing(interpreted: Run, make_problem: Any) -> None:
+def test_joins_more_parts_than_fit_at_a_time_or_than_there_are_blocks(
+    interpreted: Run, make_problem: Any
+) -> None:
+    # 95 blocks in one row, 1 in the other.
     problem = make_problem(
-        heads=(2, 1), head_dim=16, input_pos=(2, 40), num_tokens=1, capacity=64, dtype=torch.float32
+        heads=(8, 1),
+        head_dim=16,
+        input_pos=(1510, 2),
+        num_tokens=1,
+        capacity=1536,
+        dtype=torch.float32,
     )
-    actual = run(interpreted, problem, tile=tile(), num_parts=66)
+    assert COMBINE_BLOCK_PARTS < 95
+    actual = run(interpreted, problem, tile=tile(), num_parts=96)
     torch.testing.assert_close(actual, problem.expected, atol=FLOAT32_ATOL, rtol=0)
 
 
