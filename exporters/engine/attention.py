@@ -1,10 +1,17 @@
 """Which kernels compute attention in an engine: TensorRT's own, or our plugin's."""
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Final
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import Attention
-from gemma_deploy.errors import RequestError
+from gemma_deploy.errors import BackendUnavailableError, ExportError, RequestError
+from gemma_deploy.plugins.attention.schedule import (
+    SHARED_LIMIT_BYTES,
+    KernelDType,
+    KernelShape,
+)
 from gemma_deploy.tensorrt import TensorRTLibrary
 
 # The ONNX parser knows TRT_Attention where the API knows its masks: TensorRT 11, RTX 1.5.
@@ -44,3 +51,38 @@ def uses_plugin(config: GemmaConfig, attention: Attention, library: TensorRTLibr
     has_window = any(config.window_of(i) is not None for i in range(config.num_hidden_layers))
     has_softcap = config.attn_logit_softcapping is not None
     return has_softcap or has_window or not has_native_attention(library)
+
+
+def check_plugin(config: GemmaConfig, dtype: KernelDType, targets: Sequence[str]) -> None:
+    """Refuse what the plugin has no kernels for: a plugin that fails inside a build ends its process.
+
+    Args:
+        config: The model.
+        dtype: What the engine computes in.
+        targets: Compute capabilities such as `8.9`.
+
+    Raises:
+        RequestError: The model's heads, or a target.
+        BackendUnavailableError: The compiler of its kernels is not installed.
+    """
+    known = [f"{capability // 10}.{capability % 10}" for capability in SHARED_LIMIT_BYTES]
+    missing = [target for target in targets if target not in known]
+    if missing:
+        raise RequestError(
+            f"the attention plugin has no kernels for compute capability {', '.join(missing)}; it "
+            f"has for {', '.join(known)}: leave it out, or take --attention native"
+        )
+    try:
+        KernelShape(
+            head_dim=config.head_dim,
+            group=config.num_attention_heads // config.num_key_value_heads,
+            dtype=dtype,
+            has_softcap=config.attn_logit_softcapping is not None,
+        )
+    except ExportError as err:
+        raise RequestError(str(err)) from err
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailableError(
+            "the attention plugin's kernels are compiled with Triton, which is not installed: "
+            "pip install triton (Linux), or take --attention native"
+        )

@@ -17,7 +17,7 @@ from gemma_deploy.engine import (
     Plan,
 )
 from gemma_deploy.errors import BundleError, EngineBuildError, EngineError, ExportError
-from gemma_deploy.exporters.engine.attention import check_attention, uses_plugin
+from gemma_deploy.exporters.engine.attention import check_attention, check_plugin, uses_plugin
 from gemma_deploy.exporters.engine.builder import OnProgress, check_features
 from gemma_deploy.exporters.engine.child import BuildRequest
 from gemma_deploy.exporters.engine.options import BuildOptions
@@ -123,6 +123,8 @@ def plan_build(
     targets = choose_targets(library, options.compute_capabilities, gpus, dtype)
     check_attention(bundle.config, options.attention, library)
     has_plugin = uses_plugin(bundle.config, options.attention, library)
+    if has_plugin and dtype != "float32":
+        check_plugin(bundle.config, dtype, targets)
     return EngineBuild(
         flavour=options.flavour,
         library_version=library.version,

@@ -39,7 +39,7 @@ def test_a_build_that_fits_is_let_through(tmp_path: Path) -> None:
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 3_000_000_000)
     with pytest.raises(
-        EngineBuildError, match=r"about 5\.5 GB of memory, and 3\.0 GB are available: close other"
+        EngineBuildError, match=r"about 5\.8 GB of memory, and 3\.0 GB are available: close other"
     ):
         check_resources(tmp_path, _build(), 5_000_000_000)
 
