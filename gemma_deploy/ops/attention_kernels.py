@@ -40,7 +40,7 @@ def are_supported(query: Tensor, key_cache: Tensor) -> bool:
         and query.shape[3] in HEAD_DIMS
         and query.shape[2] // key_cache.shape[1] <= MAX_GROUP
         and query.numel() > 0
-        and importlib.util.find_spec("triton") is not None
+        and _has_triton()
         and _device_facts(query.device)[0] in SHARED_LIMIT_BYTES
     )
 
@@ -174,6 +174,11 @@ def run_kernels(
             enable_fp_fusion=True,
         )
     return output
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
