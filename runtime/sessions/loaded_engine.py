@@ -17,7 +17,8 @@ from gemma_deploy.runtime.cache_buffers import CacheBuffers
 from gemma_deploy.runtime.cuda_device import CudaDevice
 from gemma_deploy.runtime.sessions.engine_bindings import check_tensors
 from gemma_deploy.runtime.sessions.engine_loading import create_runtime, load_plan, read_tensors
-from gemma_deploy.runtime.sessions.engine_step import EngineStep, Sizes, StepMemory, StepOutputs
+from gemma_deploy.runtime.sessions.engine_step import EngineStep, StepOutputs
+from gemma_deploy.runtime.sessions.step_memory import Sizes, StepMemory
 from gemma_deploy.tensorrt import TensorRTLibrary
 
 # Batch sizes whose decode steps stay recorded; each has a context of its own.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma_deploy.cuda_driver import Gpu, cuda_device_count
@@ -13,8 +14,9 @@ from gemma_deploy.errors import BackendUnavailableError, EngineError, RequestErr
 from gemma_deploy.runtime.cuda_device import CudaDevice
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions import tensorrt_session
+from gemma_deploy.runtime.sessions.engine_step import StepOutputs
 from gemma_deploy.runtime.sessions.registry import create_session
-from gemma_deploy.runtime.sessions.tensorrt_session import TensorRTSession
+from gemma_deploy.runtime.sessions.tensorrt_session import TensorRTSession, _largest
 from gemma_deploy.runtime.source import ModelSource
 
 needs_no_driver = pytest.mark.skipif(cuda_device_count() > 0, reason="there is a GPU")
@@ -29,7 +31,7 @@ import gemma_deploy.runtime.sessions.registry
 import gemma_deploy.runtime.text_generator
 import gemma_deploy.plugins.attention
 from gemma_deploy.tensorrt import load_library
-load_library("tensorrt-rtx")
+gemma_deploy.plugins.attention.register_plugin(load_library("tensorrt-rtx"))
 unwanted = ["torch", "triton", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "ml_dtypes", "cuda"]
 print([name for name in unwanted if name in sys.modules])
 """
@@ -90,6 +92,17 @@ def test_an_engine_for_other_gpus_is_refused(
 def test_a_flavour_that_is_not_installed_names_what_to_install(text_engine: Any) -> None:
     with pytest.raises(BackendUnavailableError, match=r'pip install "gemma-deploy\[tensorrt\]"'):
         TensorRTSession(with_build(text_engine(), flavour="tensorrt"))
+
+
+def test_a_position_with_a_logit_that_is_not_finite_is_not_finite() -> None:
+    logits = np.array([[[3, 2]], [[5, 4]], [[7, 6]]], np.float32)
+    sums = np.array([[10.0], [np.nan], [-np.inf]], np.float32)
+    token_ids = np.array([[[8, 9]], [[1, 2]], [[4, 3]]])
+    picked = {"top_logits": logits, "top_indices": token_ids, "logits_sum": sums}
+    found = _largest(StepOutputs(picked=picked, logits=None))
+    np.testing.assert_array_equal(found.token_ids, token_ids)
+    np.testing.assert_array_equal(found.logits[0], [[3, 2]])
+    assert np.isnan(found.logits[1:]).all()
 
 
 def with_build(engine: EngineFolder, **fields: Any) -> EngineFolder:
