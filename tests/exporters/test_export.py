@@ -22,9 +22,11 @@ from gemma_deploy.errors import (
     ConfigError,
     ExportError,
     OutputExistsError,
+    RequestError,
     TokenizerError,
 )
 from gemma_deploy.exporters.export import export_checkpoint
+from gemma_deploy.graph_spec import LOWERINGS, PHASES, DType, Lowering, Phase
 
 TinyFolders = Callable[..., Path]
 
@@ -147,6 +149,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(export: Exp
 
 def test_the_files_of_a_bundle(export: Export) -> None:
     made = {"manifest.json", "prefill.onnx", "decode.onnx", "weights.safetensors"}
+    made |= {"prefill.tensorrt.onnx", "decode.tensorrt.onnx"}
     assert set(_names(export.bundle.folder)) == made | TRAVELLING.keys()
     for name, text in TRAVELLING.items():
         assert (export.bundle.folder / name).read_text() == text
@@ -162,8 +165,9 @@ def test_the_manifest_tells_the_truth(export: Export) -> None:
         assert record["sha256"] == hashlib.sha256(content).hexdigest()
     assert raw["tokenizer"] == ["tokenizer.json", "tokenizer_config.json"]
     assert raw["generation"] == "generation_config.json"
-    assert raw["graphs"]["prefill"]["path"] == "prefill.onnx"
-    assert raw["graphs"]["decode"]["path"] == "decode.onnx"
+    for name in ("prefill", "decode", "prefill.tensorrt", "decode.tensorrt"):
+        assert raw["graphs"][name]["path"] == f"{name}.onnx"
+    assert len(raw["graphs"]) == 4
     config = json.loads((export.checkpoint / "config.json").read_text())
     assert raw["limits"] == {"max_seq_len": config["max_position_embeddings"]}
     assert raw["model"]["vocab_size"] == config["vocab_size"]
@@ -244,6 +248,65 @@ def test_force_does_not_take_other_files_along(
     with pytest.raises(OutputExistsError, match=r"holds notes.txt, which is not of the bundle"):
         export_checkpoint(checkpoint, bundle, force=True)
     assert (bundle / "notes.txt").read_text() == "mine"
+
+
+def test_force_takes_engines_along(
+    checkpoint: Path, tiny_bundle: TinyFolders, tmp_path: Path
+) -> None:
+    """They were built from the graphs that are replaced."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("gemma1"), bundle)
+    (bundle / "engines" / "key").mkdir(parents=True)
+    (bundle / "engines" / "key" / "engine.plan").write_bytes(b"plan")
+    export_checkpoint(checkpoint, bundle, force=True)
+    assert not (bundle / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "graphs", "lowerings"),
+    [
+        ("float32", None, ("onnxruntime",)),
+        ("float16", None, ("onnxruntime", "tensorrt")),
+        ("bfloat16", ["portable"], ("onnxruntime", "portable")),
+        ("float16", ["tensorrt", "portable", "tensorrt"], LOWERINGS),
+        ("bfloat16", [], ("onnxruntime",)),
+    ],
+)
+def test_graphs_of_the_lowerings_asked_for(
+    dtype: DType,
+    graphs: list[Lowering] | None,
+    lowerings: tuple[Lowering, ...],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced: list[DType] = []
+
+    def trace(_config: object, _phase: Phase, activations: DType) -> str:
+        traced.append(activations)
+        return activations
+
+    def write(model: str, lowering: Lowering, activations: DType, *rest: Any) -> None:
+        assert model == activations
+        assert (activations == dtype) or (lowering != "tensorrt")
+        rest[-1].write_text(lowering)
+
+    monkeypatch.setattr("gemma_deploy.exporters.export.trace_model", trace)
+    monkeypatch.setattr("gemma_deploy.exporters.export.write_graph", write)
+    bundle = export_checkpoint(checkpoint, tmp_path / "bundle", dtype=dtype, graphs=graphs)
+    assert bundle.manifest.lowerings == lowerings
+    for lowering in lowerings:
+        for phase in PHASES:
+            assert bundle.graph_path(phase, lowering).read_text() == lowering
+    # Graphs that compute alike are traced once for all.
+    assert len(traced) == 2 * len(set(traced))
+
+
+def test_tensorrt_graphs_of_a_float32_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    message = "engines compute in float16 or bfloat16: export with --fp16 or --bf16, or without"
+    with pytest.raises(RequestError, match=message):
+        export_checkpoint(checkpoint, tmp_path / "bundle", graphs=["tensorrt"])
+    assert _names(tmp_path) == ["source"]
 
 
 def test_a_tokenizer_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ def test_pipeline_refuses_a_keyword_before_it_loads(
         (lambda b: gemma_deploy.load(b, max_seq_len=0), RequestError, "max_seq_len is 0"),
         (lambda b: gemma_deploy.pipeline("ner", model=b), RequestError, "only 'text-generation'"),
         (lambda _: gemma_deploy.pipeline("text-generation"), RequestError, "model is missing"),
+        (
+            lambda bundle: gemma_deploy.export(bundle, bundle, graphs=["tensorflow"]),  # type: ignore[list-item]  # no such lowering
+            RequestError,
+            "graphs has 'tensorflow'; expected any of onnxruntime, tensorrt, portable",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -11,6 +11,7 @@ from gemma_deploy.graph_spec import (
     Precision,
     cache_bytes,
     cache_names,
+    graph_name,
     graph_spec,
 )
 
@@ -67,6 +68,21 @@ def test_bfloat16_is_for_storage_only(dtype: DType, activations: DType) -> None:
     assert Precision.of(dtype) == Precision(
         weights=dtype, activations=activations, cache=activations
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_tensorrt_computes_and_caches_in_the_weights_dtype(dtype: DType) -> None:
+    precision = Precision.of(dtype)
+    assert precision.of_lowering("tensorrt") == Precision(
+        weights=dtype, activations=dtype, cache=dtype
+    )
+    assert precision.of_lowering("onnxruntime") == precision
+    assert precision.of_lowering("portable") == precision
+
+
+def test_graph_names() -> None:
+    assert graph_name("prefill") == "prefill"
+    assert graph_name("decode", "tensorrt") == "decode.tensorrt"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -47,6 +47,7 @@ class TestExport:
             "checkpoint": bundle_checkpoint,
             "output": tmp_path / "out",
             "dtype": dtype,
+            "graphs": None,
             "force": False,
         }
         first, second = result.stdout.splitlines()
@@ -56,6 +57,35 @@ class TestExport:
         )
         assert first.endswith("weights in float32")
         assert result.stderr.startswith("writing weights ...\ntracing ...\nExported in ")
+
+    def test_graphs_are_asked_for_by_name(
+        self,
+        invoke: Callable[..., Result],
+        bundle_checkpoint: Path,
+        bundle: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        asked: dict[str, object] = {}
+        monkeypatch.setattr("gemma_deploy.api.export", recorder(asked, bundle))
+        options = ["--graphs", "portable", "--graphs", "tensorrt"]
+
+        result = invoke("export", bundle_checkpoint, "--output", tmp_path / "out", *options)
+
+        assert result.exit_code == 0
+        assert asked["graphs"] == ("portable", "tensorrt")
+
+    def test_tensorrt_graphs_of_a_float32_bundle(
+        self, invoke: Callable[..., Result], bundle_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "out"
+
+        result = invoke("export", bundle_checkpoint, "-o", output, "--graphs", "tensorrt")
+
+        assert result.exit_code == 2
+        assert "TensorRT graphs of a float32 bundle were asked for" in result.stderr
+        assert "export with --fp16 or --bf16, or without --graphs tensorrt" in result.stderr
+        assert not output.exists()
 
     def test_conflicting_dtypes(self, invoke: Callable[..., Result], tmp_path: Path) -> None:
         result = invoke("export", tmp_path, "-o", tmp_path / "out", "--fp16", "--dtype", "float32")
@@ -232,10 +262,12 @@ def recorder(asked: dict[str, object], bundle: Path) -> Callable[..., Bundle]:
         output: Path,
         *,
         dtype: str | None,
+        graphs: tuple[str, ...] | None,
         force: bool,
         on_progress: Callable[[str, int, int], object],
     ) -> Bundle:
-        asked.update({"checkpoint": checkpoint, "output": output, "dtype": dtype, "force": force})
+        asked.update({"checkpoint": checkpoint, "output": output, "dtype": dtype})
+        asked.update({"graphs": graphs, "force": force})
         for stage, done in (("writing weights", 1), ("writing weights", 2), ("tracing", 1)):
             on_progress(stage, done, 2)
         return Bundle.open(Path(shutil.copytree(bundle, output.parent / "my bundle")))
