@@ -38,14 +38,16 @@ class Peak:
 
     Attributes:
         bytes_by_stage: The peak while each stage of the build was going on.
-        stage: The stage that is going on.
+        stage: The stage that is going on; None before the first.
     """
 
     bytes_by_stage: dict[str, int] = field(default_factory=dict)
-    stage: str = "start"
+    stage: str | None = None
 
     def sample(self) -> None:
         """Read the memory of every child process of this one."""
+        if self.stage is None:
+            return  # a child counts its parent's memory until it runs its own program
         now = sum(map(_anonymous_bytes, _children()))
         self.bytes_by_stage[self.stage] = max(now, self.bytes_by_stage.get(self.stage, 0))
 
