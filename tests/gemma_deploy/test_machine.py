@@ -8,7 +8,9 @@ import onnxruntime as ort
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from gemma_deploy.errors import BackendUnavailableError
 from gemma_deploy.machine import read_machine
+from gemma_deploy.tensorrt import load_library
 
 
 class TestThisMachine:
@@ -31,6 +33,22 @@ class TestThisMachine:
         import torch
 
         assert read_machine().torch_cuda == torch.version.cuda
+
+    def test_tensorrt_is_imported_to_see_whether_it_can_be(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = read_machine()
+
+        assert found.packages["tensorrt-rtx"] == load_library("tensorrt-rtx").version
+        assert "tensorrt-rtx" not in found.tensorrt_errors
+        assert found.tensorrt_cuda["tensorrt-rtx"] in {12, 13}
+
+        def refuse(_flavour: str) -> None:
+            raise BackendUnavailableError("libfoo.so is missing")
+
+        monkeypatch.setattr("gemma_deploy.machine.load_library", refuse)
+
+        assert read_machine().tensorrt_errors["tensorrt-rtx"] == "libfoo.so is missing"
 
     @pytest.mark.gpu
     def test_gpus_are_those_that_torch_sees(self) -> None:

@@ -24,6 +24,7 @@ from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.sessions import loaded_engine, tensorrt_session
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
 from gemma_deploy.runtime.sessions.tensorrt_session import TensorRTSession
+from gemma_deploy.tensorrt import load_library
 
 PROMPTS = [[2, 71, 40, 9, 77], [2, 15], [2, *range(100, 110)]]
 GPU = Gpu(name="RTX 4090", compute_capability=(8, 9), memory_bytes=24 << 30)
@@ -316,6 +317,52 @@ def test_caches_beyond_the_engine_are_refused(session: TensorRTSession) -> None:
     ids = np.ones((1, 1), np.int64)
     with pytest.raises(SessionError, match="cache is a object; expected one from this session"):
         session.step(ids, np.zeros(1, np.int64), ids * 0, object())  # type: ignore[arg-type]  # on purpose
+
+
+def test_a_step_that_fails_has_the_librarys_words(
+    session: TensorRTSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = load_library("tensorrt-rtx").log
+
+    def fail(_context: object, _stream: int) -> bool:
+        log.add("ERROR", "an illegal memory access was encountered")
+        return False
+
+    monkeypatch.setattr(HostContext, "execute_async_v3", fail)
+    cache = session.new_cache(1, 8)
+    one = np.ones((1, 1), np.int64)
+    with pytest.raises(SessionError, match="failed to run a step: an illegal memory access was"):
+        session.step(one, np.zeros(1, np.int64), one * 0, cache)
+    assert not log.take_errors()
+
+
+def test_steps_that_cannot_be_recorded_are_queued(
+    session: TensorRTSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_device: object, _stream: object, _work: object) -> None:
+        raise SessionError("CUDA cannot capture the step")
+
+    monkeypatch.setattr(HostDevice, "capture", fail)
+    expected = texts(session, {})
+    assert texts(session, {}) == expected
+    assert not session.has_cuda_graph
+    said = "decode steps run without a CUDA graph: CUDA cannot capture the step"
+    assert said in caplog.messages
+
+
+@pytest.mark.usefixtures("host_engine")
+def test_too_little_memory_says_what_to_do(
+    text_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_device: object, size_bytes: int) -> HostMemory:
+        raise MemoryError(f"no room for {size_bytes} bytes")
+
+    session = TensorRTSession(text_engine())
+    monkeypatch.setattr(HostDevice, "allocate", refuse)
+    with pytest.raises(SessionError, match="KV cache of 1 rows of 96 tokens: use a smaller"):
+        session.new_cache(1, 96)
+    with pytest.raises(SessionError, match=r"too little free memory .* --max-batch"):
+        TensorRTSession(text_engine())
 
 
 @pytest.mark.usefixtures("host_engine")
