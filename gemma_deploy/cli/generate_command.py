@@ -34,6 +34,7 @@ Examples:
   gemma-deploy generate gemma-2b --file prompts.txt --batch-size 4 --json > results.jsonl
   git diff | gemma-deploy generate gemma-2b-it --chat --max-new-tokens 60
   gemma-deploy generate CHECKPOINT --backend torch "The for statement is used to"
+  gemma-deploy generate gemma-2b --backend tensorrt-rtx "The for statement is used to"
 
 Only the continuation is printed, not the prompt. Ctrl-C stops after the current token, keeps what
 was generated and exits with 130; a second Ctrl-C stops at once.

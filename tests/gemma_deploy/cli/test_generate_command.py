@@ -217,3 +217,24 @@ class TestInterrupt:
         assert first["finish_reason"] in {"stop", "length"}
         assert [o["finish_reason"] for o in found] == ["cancelled", "cancelled"]
         assert found[1]["token_ids"] == []
+
+
+class TestEngines:
+    @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+    @pytest.mark.parametrize("verb", ["generate", "chat"])
+    def test_that_were_not_built_name_the_command(
+        self, verb: str, backend: str, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        prompt = [PROMPT] if verb == "generate" else []
+
+        result = invoke(verb, bundle, *prompt, "--backend", backend)
+
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert f"has no {backend} engine: `gemma-deploy build" in result.stderr
+
+    def test_do_not_run_on_a_cpu(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        result = invoke("generate", bundle, PROMPT, "--backend", "tensorrt-rtx", "--device", "cpu")
+
+        assert result.exit_code == 2
+        assert "the tensorrt-rtx backend runs on NVIDIA GPUs; device is cpu" in result.stderr
