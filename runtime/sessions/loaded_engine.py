@@ -3,6 +3,7 @@
 Nothing here has run on hardware yet.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -107,13 +108,15 @@ class LoadedEngine:
     def drop_decode_steps(self) -> None:
         """Give the recorded steps back: they belong to a cache that may be gone."""
         self._device.activate()
-        while self._decode:
-            self._decode.popitem()[1].close()
+        self._close_decode_steps()
 
     def close(self) -> None:
-        """Give everything back, what depends on something else before it."""
+        """Give everything back, what depends on something else before it; raises nothing."""
         self.is_closed = True
-        self.drop_decode_steps()
+        # A device that failed says so again at every call; the error that closed the session counts.
+        with contextlib.suppress(SessionError):
+            self._device.activate()
+        self._close_decode_steps()
         if self._prefill is not None:
             self._prefill.close()
             self._prefill = None
@@ -147,6 +150,10 @@ class LoadedEngine:
             )
         except MemoryError as err:
             raise _out_of_memory(err) from err
+
+    def _close_decode_steps(self) -> None:
+        while self._decode:
+            self._decode.popitem()[1].close()
 
     def _prefill_step(self) -> EngineStep:
         if self._prefill is None:

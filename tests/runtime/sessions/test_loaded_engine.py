@@ -336,6 +336,21 @@ def test_a_step_that_fails_has_the_librarys_words(
     assert not log.take_errors()
 
 
+def test_a_device_that_failed_can_still_be_let_go_of(
+    session: TensorRTSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts(session, {})
+    device: Any = session._cuda
+
+    def fail(_device: object) -> None:
+        raise SessionError("CUDA failed on cuda:0 in cuCtxSetCurrent")
+
+    monkeypatch.setattr(HostDevice, "activate", fail)
+    session.close()
+    gc.collect()
+    assert len(device.alive) == 0
+
+
 def test_steps_that_cannot_be_recorded_are_queued(
     session: TensorRTSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
