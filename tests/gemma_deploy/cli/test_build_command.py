@@ -18,12 +18,12 @@ SMALL = ("--max-seq-len", "64", "--compute-capability", "8.9")
 
 
 @pytest.fixture(scope="module")
-def half_bundle(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half_bundle(
+    tiny_bundle: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A float16 bundle; the test that builds leaves its engine to the next one."""
-    from gemma_deploy.exporters.export import export_checkpoint
-
     folder = tmp_path_factory.mktemp("half") / "my bundle"
-    return export_checkpoint(bundle_checkpoint, folder, dtype="float16").folder
+    return shutil.copytree(tiny_bundle("gemma1", "float16"), folder)
 
 
 def test_build_then_find_then_pack(
@@ -62,7 +62,7 @@ def test_build_then_find_then_pack(
     assert set(body["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {
         "engine.json"
     }
-    assert {"engine.plan", "tokenizer.json", "LICENSE"} <= set(body["files"])
+    assert set(body["files"]) == {"engine.plan", "generation_config.json"}
     assert EngineFolder.open(tmp_path / "out").changed_files() == []
 
     refused = invoke("pack", half_bundle, "--backend", "tensorrt-rtx", "-o", tmp_path / "out")
@@ -125,9 +125,9 @@ def test_the_command_an_engine_is_rebuilt_with_is_one(
     ("arguments", "code", "message"),
     [
         (
-            ["--max-seq-len", "9000"],
+            ["--max-seq-len", "513"],
             2,
-            "max_seq_len is 9000; expected a whole number from 1 to 8192",
+            "max_seq_len is 513; expected a whole number from 1 to 512",
         ),
         (["--compute-capability", "9.0"], 2, "cannot build for compute capability 9.0"),
         (["--max-batch", "0"], 2, "Invalid value for '--max-batch'"),
@@ -146,8 +146,10 @@ def test_requests_that_cannot_be(
     assert message in result.stderr
 
 
-def test_a_float32_bundle_is_refused(invoke: Callable[..., Result], bundle: Path) -> None:
-    result = invoke("build", bundle, "--backend", "tensorrt-rtx")
+def test_a_float32_bundle_is_refused(
+    invoke: Callable[..., Result], tiny_bundle: Callable[[str, str], Path]
+) -> None:
+    result = invoke("build", tiny_bundle("gemma1", "float32"), "--backend", "tensorrt-rtx")
     assert result.exit_code == 1
     assert "TensorRT engines compute in float16 or bfloat16" in result.stderr
 
