@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import gemma_deploy
 from gemma_deploy.bundle import Bundle, FileRecord, sha256_of
 from gemma_deploy.engine import engines_of
 from gemma_deploy.errors import (
@@ -108,6 +109,8 @@ def test_an_engine_is_found_by_its_bundle_and_not_built_twice(
     assert not again.is_new
     assert again.engine.folder == first.folder
     assert first.folder in [x.folder for x in engines_of(bundle)]
+    by_name = gemma_deploy.build(str(bundle.folder), rtx_options(attention="native"))
+    assert by_name.folder == first.folder
 
 
 def test_an_engine_is_built_again_if_forced_or_damaged(
