@@ -62,7 +62,8 @@ def test_load_hands_its_options_on(bundle: Path, created: list[dict[str, Any]]) 
     with gemma_deploy.load(bundle, "onnxruntime", "cpu", max_seq_len=33, threads=1) as generator:
         assert generator.max_seq_len == 33
         assert type(generator.session).__name__ == "OnnxRuntimeSession"
-    assert created == [{"backend": "onnxruntime", "device": "cpu", "threads": 1}]
+    handed_on = {"backend": "onnxruntime", "device": "cpu", "threads": 1, "max_seq_len": 33}
+    assert created == [handed_on]
 
 
 def test_pipeline_takes_a_folder_or_a_loaded_model(bundle: Path) -> None:
@@ -77,7 +78,7 @@ def test_pipeline_hands_its_options_on(bundle: Path, created: list[dict[str, Any
     options: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu", "threads": 1}
     with gemma_deploy.pipeline(model=bundle, max_seq_len=33, top_k=3, **options) as pipeline:
         assert pipeline.generator.max_seq_len == 33
-    assert created == [options]
+    assert created == [{**options, "max_seq_len": 33}]
 
 
 def test_pipeline_refuses_a_keyword_before_it_loads(
