@@ -9,8 +9,9 @@ from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.tensorrt import TensorRTLibrary
 
-DEFAULT_TARGETS: Final = ("8.0", "8.6", "8.9", "12.0")
-"""What RTX builds for where there is no GPU: the GPUs of today's desktops, and the A100."""
+DEFAULT_TARGETS: Final = ("8.6", "8.9", "12.0")
+"""What RTX engines are portable across by its own default:
+https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html"""
 
 _FIRST_WITH: Final[dict[DType, tuple[int, int]]] = {"bfloat16": (8, 0)}
 

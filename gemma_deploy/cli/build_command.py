@@ -28,7 +28,7 @@ built it. Its sizes are fixed: a longer text or a larger batch needs another bui
 pack` makes it a folder of its own to copy to a device.
 
 tensorrt-rtx builds without a GPU. For which GPUs: those named with --compute-capability; else the
-one of this machine; else 8.0, 8.6, 8.9 and 12.0. tensorrt builds for the GPU of this machine only.
+one of this machine; else 8.6, 8.9 and 12.0. tensorrt builds for the GPU of this machine only.
 """,
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
