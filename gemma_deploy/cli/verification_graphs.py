@@ -103,12 +103,14 @@ def _reference_model(source: "GraphSource", attention: Attention) -> bytes:
     """Return the graph that an engine is built from, rewritten to run on ONNX Runtime's CPU."""
     import onnx_ir as ir
 
+    from gemma_deploy.exporters.passes.apart_projections import keep_projections_apart
     from gemma_deploy.exporters.passes.attention import use_attention
     from gemma_deploy.exporters.passes.cpu_reference import use_cpu_reference
 
     model = ir.load(source.path)
     _check_dtypes(source.path.name, model, source.spec)
     use_attention(model, attention)
+    keep_projections_apart(model)
     use_cpu_reference(model)
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return serialized
