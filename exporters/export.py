@@ -8,15 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gemma_deploy.bundle import (
-    GENERATION_FILE,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    Bundle,
-    FileRecord,
-    Manifest,
-    record_file,
-)
+from gemma_deploy.bundle import GENERATION_FILE, MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.engine import ENGINES_FOLDER
@@ -30,6 +22,7 @@ from gemma_deploy.errors import (
 from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.tracing import trace_model
 from gemma_deploy.exporters.weights import StoredTensor, plan_weights, write_weights
+from gemma_deploy.file_records import FileRecord, record_file
 from gemma_deploy.graph_spec import (
     LOWERINGS,
     PHASES,

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma_deploy.bundle import FileRecord
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.errors import CheckpointError, ExportError
+from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
 
 # Mapped readers find every tensor aligned when the data starts on a page.

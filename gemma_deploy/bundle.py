@@ -1,15 +1,15 @@
 """The bundle: a folder of graphs, weights, tokenizer, and the manifest that describes them."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast, get_args
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError
+from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import (
     LOWERINGS,
     PHASES,
@@ -27,16 +27,6 @@ MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 GENERATION_FILE = "generation_config.json"
 FORMAT_VERSION = 1
-
-_HASH_BLOCK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
-    """What the manifest says of one file: its size in bytes and SHA-256 (hex)."""
-
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,66 +205,6 @@ class Bundle:
             for name, record in self.manifest.files.items()
             if sha256_of(self.folder / name, on_bytes) != record.sha256
         ]
-
-
-def check_external_data(folder: Path, graph: Path) -> None:
-    """Refuse an ONNX graph that points at data outside the bundle or beyond a file's end.
-
-    Raises:
-        UnsafePathError: An external-data location that leaves the folder.
-        BundleError: The graph is not ONNX, or a tensor lies outside its file.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(graph, load_external_data=False)
-    except (DecodeError, OSError) as err:
-        raise BundleError(f"{graph} cannot be read as an ONNX model: {err}") from err
-    for tensor in _tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entry = {item.key: item.value for item in tensor.external_data}
-        path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
-        offset, length = entry.get("offset", "0"), entry.get("length", "0")
-        if not offset.isdecimal() or not length.isdecimal():
-            raise BundleError(
-                f"{graph.name}: tensor {tensor.name} has offset {offset!r} and length {length!r}, "
-                "expected numbers of bytes: the bundle is damaged; export it again"
-            )
-        end = int(offset) + int(length)
-        size = path.stat().st_size if path.is_file() else 0
-        if end > size:
-            raise BundleError(
-                f"{graph.name}: tensor {tensor.name} ends at byte {end:,} of {path.name}, which has "
-                f"{size:,} bytes: the bundle is damaged; export it again"
-            )
-
-
-def _tensors(message: Any) -> Iterator[Any]:
-    """Yield every TensorProto of an ONNX message: of graphs, subgraphs, attributes and functions."""
-    if message.DESCRIPTOR.name == "TensorProto":
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for child in [value] if hasattr(value, "ListFields") else value:
-                yield from _tensors(child)
-
-
-def record_file(path: Path) -> FileRecord:
-    """Measure and hash a file for the manifest."""
-    return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda _: None) -> str:
-    """Return the SHA-256 of a file as hex; `on_bytes` hears of progress in bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-            on_bytes(len(block))
-    return digest.hexdigest()
 
 
 def _json_object(path: Path) -> dict[str, Any]:

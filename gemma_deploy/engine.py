@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from gemma_deploy.bundle import Bundle, FileRecord, sha256_of
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleVersionError, ConfigError, EngineError
+from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import (
     PHASES,
     DType,

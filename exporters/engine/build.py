@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from gemma_deploy.bundle import Bundle, FileRecord, sha256_of
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import Gpu, read_driver
 from gemma_deploy.engine import (
     ENGINE_FILE,
@@ -24,6 +24,7 @@ from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.exporters.engine.process import build_in_child
 from gemma_deploy.exporters.engine.resources import check_resources
 from gemma_deploy.exporters.engine.targets import choose_targets
+from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import PHASES, Phase
 from gemma_deploy.plugins.attention import PLUGIN_VERSION
 from gemma_deploy.staging import staged_folder

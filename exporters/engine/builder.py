@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
-from gemma_deploy.bundle import FileRecord
 from gemma_deploy.engine import EngineBuild
 from gemma_deploy.errors import BackendUnavailableError, EngineBuildError
 from gemma_deploy.exporters.engine.phase_progress import PhaseProgress
 from gemma_deploy.exporters.engine.profiles import Profile
 from gemma_deploy.exporters.engine.targets import target_constants
+from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import GraphSpec, TensorSpec
 from gemma_deploy.tensorrt import TensorRTLibrary
 

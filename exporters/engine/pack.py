@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from gemma_deploy.bundle import Bundle, FileRecord
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
 from gemma_deploy.engine_fit import rebuild_advice, why_not_of
 from gemma_deploy.errors import EngineError, ExportError, RequestError
+from gemma_deploy.file_records import FileRecord
 from gemma_deploy.staging import check_replaceable, staged_folder
 from gemma_deploy.tensorrt import Flavour
 

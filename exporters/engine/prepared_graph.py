@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gemma_deploy.bundle import Bundle, check_external_data
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.engine import EngineBuild, engine_spec
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.attention import has_native_attention
@@ -14,6 +14,7 @@ from gemma_deploy.exporters.passes.apart_projections import keep_projections_apa
 from gemma_deploy.exporters.passes.attention import use_attention
 from gemma_deploy.exporters.passes.fixed_capacity import fix_capacity
 from gemma_deploy.exporters.passes.top_logits import add_top_logits
+from gemma_deploy.external_data import check_external_data
 from gemma_deploy.graph_spec import GraphSpec, Phase
 from gemma_deploy.plugins.attention import register_plugin
 from gemma_deploy.tensorrt import TensorRTLibrary

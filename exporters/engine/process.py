@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final, cast
 
-from gemma_deploy.bundle import FileRecord
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.builder import OnProgress
 from gemma_deploy.exporters.engine.child import BuildRequest
+from gemma_deploy.file_records import FileRecord
 
 _MODULE: Final = "gemma_deploy.exporters.engine.child"
 _SHOWN_LINES: Final = 20

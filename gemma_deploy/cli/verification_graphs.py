@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma_deploy.bundle import Bundle, check_external_data
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.engine import Attention
 from gemma_deploy.errors import BundleError, RequestError
+from gemma_deploy.external_data import check_external_data
 from gemma_deploy.graph_spec import PHASES, GraphSpec, Lowering, Phase, graph_spec
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gemma_deploy.bundle import Bundle, check_external_data
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import BundleError, SessionError
+from gemma_deploy.external_data import check_external_data
 from gemma_deploy.graph_spec import (
     INPUT_IDS,
     INPUT_POS,

@@ -129,6 +129,6 @@ def test_the_names_of_gpus_are_the_librarys() -> None:
 
 
 def test_a_folder_without_engines(tmp_path: Path, bare: Machine, tiny_bundle: Any) -> None:
-    with pytest.raises(RequestError, match="has neither manifest.json nor engine"):
+    with pytest.raises(RequestError, match=r"has neither manifest\.json nor engine"):
         engine_verdicts(tmp_path, bare)
     assert engine_verdicts(tiny_bundle("gemma1"), bare) == []

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from gemma_deploy.bundle import FileRecord, record_file
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import (
     ENGINE_FILE,
@@ -20,6 +19,7 @@ from gemma_deploy.engine import (
     engine_spec,
 )
 from gemma_deploy.errors import BundleVersionError, EngineError, UnsafePathError
+from gemma_deploy.file_records import FileRecord, record_file
 
 LIMITS = EngineLimits(
     max_batch_size=2, max_seq_len=100, max_step_tokens=30, max_logits=3, num_candidates=7

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gemma_deploy.bundle import Bundle, FileRecord, sha256_of
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.capability import Capability
 from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.doctor_tensorrt import engine_verdicts
@@ -18,6 +18,7 @@ from gemma_deploy.engine import (
     Plan,
 )
 from gemma_deploy.engine_fit import is_packed, rebuild_advice, why_not_of, why_not_on, why_not_with
+from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import PHASES
 from gemma_deploy.machine import Machine, read_machine
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gemma_deploy
-from gemma_deploy.bundle import Bundle, FileRecord, sha256_of
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.engine import engines_of
 from gemma_deploy.errors import (
     BackendUnavailableError,
@@ -22,6 +22,7 @@ from gemma_deploy.errors import (
     RequestError,
 )
 from gemma_deploy.exporters.engine import BuildOptions, build, build_engine
+from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.tensorrt import load_library
 
 if TYPE_CHECKING:

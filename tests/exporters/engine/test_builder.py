@@ -8,7 +8,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from gemma_deploy.bundle import sha256_of
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.build import plan_build
 from gemma_deploy.exporters.engine.builder import PlanJob, write_plan
@@ -18,6 +17,7 @@ from gemma_deploy.exporters.engine.prepared_graph import (
     prepare_graph,
 )
 from gemma_deploy.exporters.engine.profiles import ShapeRange
+from gemma_deploy.file_records import sha256_of
 from gemma_deploy.graph_spec import GraphSpec, TensorSpec
 from gemma_deploy.tensorrt import load_library
 

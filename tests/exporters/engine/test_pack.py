@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma_deploy.bundle import Bundle, FileRecord, record_file
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.engine import (
     ENGINE_FILE,
     EngineBuild,
@@ -20,6 +20,7 @@ from gemma_deploy.engine import (
 from gemma_deploy.errors import EngineError, ExportError, OutputExistsError, RequestError
 from gemma_deploy.exporters.engine.build import plan_build
 from gemma_deploy.exporters.engine.pack import pack_engine
+from gemma_deploy.file_records import FileRecord, record_file
 from gemma_deploy.tensorrt import load_library
 from gemma_deploy.tokenizer import GemmaTokenizer
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file
 
 from gemma_deploy import api
-from gemma_deploy.bundle import record_file
 from gemma_deploy.cli.verification import describe_parity
+from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import LOWERINGS
 from gemma_deploy.parity import ParityCounter
 

@@ -1,0 +1,53 @@
+"""Where an ONNX graph's external data lies: `check_external_data`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.errors import BundleError
+from gemma_deploy.safe_paths import safe_path
+
+
+def check_external_data(folder: Path, graph: Path) -> None:
+    """Refuse an ONNX graph that points at data outside the bundle or beyond a file's end.
+
+    Raises:
+        UnsafePathError: An external-data location that leaves the folder.
+        BundleError: The graph is not ONNX, or a tensor lies outside its file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except (DecodeError, OSError) as err:
+        raise BundleError(f"{graph} cannot be read as an ONNX model: {err}") from err
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
+        offset, length = entry.get("offset", "0"), entry.get("length", "0")
+        if not offset.isdecimal() or not length.isdecimal():
+            raise BundleError(
+                f"{graph.name}: tensor {tensor.name} has offset {offset!r} and length {length!r}, "
+                "expected numbers of bytes: the bundle is damaged; export it again"
+            )
+        end = int(offset) + int(length)
+        size = path.stat().st_size if path.is_file() else 0
+        if end > size:
+            raise BundleError(
+                f"{graph.name}: tensor {tensor.name} ends at byte {end:,} of {path.name}, which has "
+                f"{size:,} bytes: the bundle is damaged; export it again"
+            )
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Yield every TensorProto of an ONNX message: of graphs, subgraphs, attributes and functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(child)
