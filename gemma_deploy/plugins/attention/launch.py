@@ -17,8 +17,9 @@ _ALIGNMENT_BYTES: Final = 16  # what the kernels are compiled for
 _STATIC_SHARED_BYTES: Final = 48 * 1024  # more has to be asked for
 _POINTER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32
 # Triton's kernels end in two pointers of its own: global and profiling scratch, which ours are
-# compiled without. Versions whose kernels have fewer ignore the rest.
-_HIDDEN: Final = ((_POINTER, None), (_POINTER, None))
+# compiled without. Versions whose kernels have fewer ignore the rest. The null pointer is 0 here:
+# cuda-bindings refuse None.
+_HIDDEN: Final = ((_POINTER, 0), (_POINTER, 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

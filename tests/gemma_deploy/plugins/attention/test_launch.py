@@ -116,15 +116,27 @@ def test_decode_is_split_and_combined(driver: FakeDriver) -> None:
     assert values == (
         *(0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x6000, partial_lse),
         *(0.0625, 0.0, 512, 1, 4096, 1),
-        *(None, None),
+        *(0, 0),
     )
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     assert kinds == (*[pointer] * 7, *[ctypes.c_float] * 2, *[number] * 4, pointer, pointer)
     function, *grid_and_block, _, _, (values, kinds), _ = combine
     assert function == (b"combine", b"combine_symbol")
     assert grid_and_block == [8, 4, 1, 128, 1, 1]
-    assert values == (0x6000, partial_lse, 0x5000, 1, 1, num_parts, None, None)
+    assert values == (0x6000, partial_lse, 0x5000, 1, 1, num_parts, 0, 0)
     assert kinds == (*[pointer] * 3, *[number] * 3, pointer, pointer)
+
+
+@pytest.mark.skipif(cuda_device_count() > 0, reason="launches what is no kernel")
+def test_the_bindings_take_the_arguments(driver: FakeDriver) -> None:
+    from cuda.bindings import driver as real_driver
+
+    launch.load_kernels(archive()).run(call(), TENSORS, SCALARS, stream=9)
+    assert len(driver.launches) == 2
+    for _, *arguments in driver.launches:
+        # Arguments are packed before the driver is looked for; a TypeError would be their refusal.
+        with pytest.raises(RuntimeError):
+            real_driver.cuLaunchKernel(real_driver.CUfunction(), *arguments)
 
 
 def test_prefill_that_fills_the_device_is_one_launch(driver: FakeDriver) -> None:
