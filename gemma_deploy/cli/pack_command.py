@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-deploy pack gemma-2b --backend tensorrt-rtx --output gemma-2b-rtx
-  gemma-deploy generate gemma-2b-rtx --backend tensorrt-rtx "Once upon a time"
+  gemma-deploy generate gemma-2b-rtx "Once upon a time"
 
-On the device: pip install "gemma-deploy[tensorrt-rtx]", with the same version of TensorRT for RTX as
-built the engine, which engine.json states.
+The device needs the very version of the library that built the engine (engine.json states it), and
+no torch: docs/tensorrt.md has the install lines.
 """,
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
