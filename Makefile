@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 CHECKPOINT := samples/tiny-gemma
 DEMO_BUNDLE := build/demo-bundle
 
-.PHONY: help setup demo test lint types contracts wheel check clean
+.PHONY: help setup demo test gpu lint types contracts wheel check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       export the small model and generate text with it"
 	@echo "make test       run the tests"
+	@echo "make gpu        on a machine with a GPU: the tests that need one, and the attention benchmark"
 	@echo "make check      lint, types, contracts, wheel and tests: all that CI runs"
 	@echo "make lint | types | contracts | wheel"
 	@echo "make clean      remove .venv and build/"
@@ -31,6 +32,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/attention.py
 
 lint: setup
 	$(BIN)/ruff format --check
