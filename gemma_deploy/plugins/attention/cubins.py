@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
 from gemma_deploy.errors import EngineError
-from gemma_deploy.plugins.attention.schedule import KernelShape
+from gemma_deploy.plugins.attention.schedule import SHARED_LIMIT_BYTES, KernelShape
 
 KernelName = Literal["narrow", "wide", "combine"]
 KERNEL_NAMES: Final[tuple[KernelName, ...]] = ("narrow", "wide", "combine")
@@ -19,6 +19,7 @@ _MAGIC: Final = b"GDAK"
 _FORMAT_VERSION: Final = 1
 _HEADER: Final = struct.Struct("<4sI32s")  # magic, format version, SHA-256 of what follows
 _LENGTH: Final = struct.Struct("<I")
+_TEGRA: Final = 87
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,9 @@ class KernelArchive:
     def for_device(self, capability: int) -> Mapping[KernelName, CompiledKernel]:
         """Return the kernels that run on a device, by name.
 
-        Before 9.0 a cubin runs on its own minor version and later ones of the same major version;
-        from 9.0 on Triton uses instructions that only the very architecture has (sm_90a).
+        Before 9.0 a cubin runs on its own minor version and later ones of the same major version, if
+        they have the shared memory it takes, but never from or to Tegra (8.7); from 9.0 on Triton uses
+        instructions that only the very architecture has (sm_90a).
         https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility
 
         Args:
@@ -74,7 +76,12 @@ class KernelArchive:
         Raises:
             EngineError: The engine holds none for this device.
         """
-        fitting = [target for target in self.capabilities if _runs_on(target, capability)]
+        fitting = [
+            target
+            for target in self.capabilities
+            if _runs_on(target, capability)
+            and self._shared_bytes(target) <= SHARED_LIMIT_BYTES.get(capability, 0)
+        ]
         if not fitting:
             targets = ", ".join(map(dotted, self.capabilities))
             raise EngineError(
@@ -84,6 +91,9 @@ class KernelArchive:
             )
         best = max(fitting)
         return {kernel.name: kernel for kernel in self.kernels if kernel.capability == best}
+
+    def _shared_bytes(self, target: int) -> int:
+        return max(kernel.shared_bytes for kernel in self.kernels if kernel.capability == target)
 
     def to_bytes(self) -> bytes:
         """Return the archive as one compressed, checksummed string of bytes."""
@@ -141,7 +151,7 @@ def read_archive(data: bytes) -> KernelArchive:
 
 
 def _runs_on(target: int, capability: int) -> bool:
-    if target >= 90:
+    if target >= 90 or _TEGRA in {target, capability}:
         return target == capability
     return target // 10 == capability // 10 and target <= capability
 

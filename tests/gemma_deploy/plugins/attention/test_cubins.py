@@ -12,7 +12,7 @@ from gemma_deploy.plugins.attention.schedule import KernelShape
 SHAPE = KernelShape(head_dim=64, group=2, dtype="bfloat16", has_softcap=True)
 
 
-def archive(*capabilities: int) -> KernelArchive:
+def archive(*capabilities: int, shared_bytes: int = 100_000) -> KernelArchive:
     return KernelArchive(
         shape=SHAPE,
         kernels=tuple(
@@ -21,7 +21,7 @@ def archive(*capabilities: int) -> KernelArchive:
                 capability=capability,
                 symbol="attend",
                 num_warps=4,
-                shared_bytes=100_000,
+                shared_bytes=shared_bytes,
                 block_m=16,
                 cubin=f"{name} for {capability}".encode() * 50,
             )
@@ -40,18 +40,22 @@ def test_comes_back_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "expected"), [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90), (120, 120)]
+    ("device", "expected"), [(80, 80), (86, 86), (87, 87), (89, 89), (90, 90), (120, 120)]
 )
 def test_a_device_gets_the_best_kernels_that_run_on_it(device: int, expected: int) -> None:
-    chosen = archive(80, 86, 89, 90, 120).for_device(device)
+    chosen = archive(80, 86, 87, 89, 90, 120).for_device(device)
     assert set(chosen) == set(KERNEL_NAMES)
     assert {kernel.capability for kernel in chosen.values()} == {expected}
 
 
 @pytest.mark.parametrize(
     ("targets", "device"),
-    # Newer minor version, another major version, and architecture-specific code.
-    [((89,), 80), ((80, 90), 75), ((80,), 90), ((100,), 103), ((120,), 121)],
+    # Newer minor version, another major version, Tegra, and architecture-specific code.
+    [
+        *[((89,), 80), ((80, 90), 75), ((80,), 90)],
+        *[((80, 86), 87), ((87,), 89), ((86,), 88)],
+        *[((100,), 103), ((120,), 121)],
+    ],
 )
 def test_other_devices_are_told_how_to_build(targets: tuple[int, ...], device: int) -> None:
     dotted = f"{device // 10}.{device % 10}"
@@ -62,6 +66,13 @@ def test_other_devices_are_told_how_to_build(targets: tuple[int, ...], device: i
     )
     with pytest.raises(EngineError, match=message):
         archive(*targets).for_device(device)
+
+
+def test_kernels_that_take_more_shared_memory_than_a_device_has_do_not_run_on_it() -> None:
+    large = archive(80, shared_bytes=150_000)
+    assert large.for_device(80)
+    with pytest.raises(EngineError, match=r"for compute capability 8\.0; this GPU is 8\.6"):
+        large.for_device(86)
 
 
 @pytest.mark.parametrize(
