@@ -7,8 +7,9 @@ softmax (https://arxiv.org/abs/2205.14135); where tiles are few, several program
 on the device: the grid depends on shapes alone, so a captured CUDA graph stays right as rows grow.
 
 Everything is contiguous: query and output [B, S, N, H], caches [B, K, T, H], input_pos [B] int32 or
-int64. Query i of row b sees keys j <= input_pos[b] + i, and with a window only
-j > input_pos[b] + i - sliding_window. Memory outside of what a tile sees is never read.
+int64. S * N * H and T * H are below 2^31: offsets within a row of the batch have 32 bits. Query i of
+row b sees keys j <= input_pos[b] + i, and with a window only j > input_pos[b] + i - sliding_window.
+Memory outside of what a tile sees is never read.
 
 Triton's interpreter and compiler have run these kernels; hardware has not yet.
 """
@@ -251,7 +252,8 @@ def combine(
         running_sum = running_sum * decay + tl.sum(weights, 0)
         accumulator = accumulator * decay + tl.sum(weights[:, None] * partial, 0)
         running_max = new_max
-    accumulator = accumulator / running_sum
+    # As in `attend`: a row without keys is 0.
+    accumulator = accumulator / tl.where(running_sum > 0, running_sum, 1.0)
     batch, kv_head = head // num_kv_heads, head % num_kv_heads
     token = batch.to(tl.int64) * num_tokens + row // GROUP
     query_head = token * num_kv_heads * GROUP + kv_head * GROUP + row % GROUP

@@ -152,8 +152,22 @@ def test_work_follows_length_and_window_not_capacity(
     torch.testing.assert_close(actual, problem.expected, atol=FLOAT16_ATOL, rtol=0)
 
 
-def test_never_reads_past_the_cache(interpreted: Run, make_problem: Any) -> None:
-    problem = make_problem(heads=(2, 1), head_dim=16, input_pos=(30,), num_tokens=2, capacity=32)
+@pytest.mark.parametrize("sliding_window", [0, 20])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_never_reads_past_the_cache(
+    interpreted: Run, make_problem: Any, num_parts: int, sliding_window: int
+) -> None:
+    problem = make_problem(
+        heads=(2, 1),
+        head_dim=16,
+        input_pos=(30,),
+        num_tokens=2,
+        capacity=32,
+        sliding_window=sliding_window,
+    )
     # A position beyond the capacity, as only a broken caller gives, attends to what there is.
     problem.input_pos[0] = 1000
-    assert run(interpreted, problem, tile=tile(), num_parts=1).isfinite().all()
+    output = run(interpreted, problem, tile=tile(), num_parts=num_parts)
+    assert output.isfinite().all()
+    # A window that far away holds no key.
+    assert bool(output.any()) is not bool(sliding_window)
