@@ -5,9 +5,10 @@ from typing import Final
 import onnx_ir as ir
 
 from gemma_deploy.exporters.lowering import gemma_attention
+from gemma_deploy.plugins.attention import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 # What the parser looks plugins up by; without them it would not find one in a namespace.
-_PLUGIN: Final = {"plugin_namespace": "gemma_deploy", "plugin_version": "1"}
+_PLUGIN: Final = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 
 
 def use_plugin_attention(model: ir.Model) -> bool:
