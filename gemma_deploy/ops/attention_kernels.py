@@ -96,7 +96,7 @@ def attend_on_gpu(
             query.contiguous(),
             key_cache.contiguous(),
             value_cache.contiguous(),
-            input_pos,
+            input_pos.contiguous(),
             (scale, softcap, sliding_window),
             tile=tile,
             num_parts=launch.num_parts,
