@@ -16,7 +16,14 @@ from gemma_deploy.plugins.attention import (
     PLUGIN_VERSION,
     register_plugin,
 )
-from gemma_deploy.plugins.attention.schedule import HEAD_DIMS, MAX_GROUP, KernelShape
+from gemma_deploy.plugins.attention import plugin as plugin_module
+from gemma_deploy.plugins.attention.launch import Scalars, Tensors
+from gemma_deploy.plugins.attention.schedule import (
+    HEAD_DIMS,
+    MAX_GROUP,
+    CallShape,
+    KernelShape,
+)
 from gemma_deploy.tensorrt import TensorRTLibrary, load_library
 
 pytest.importorskip("tensorrt_rtx")
@@ -198,20 +205,22 @@ def described(library: TensorRTLibrary, *dims: Sequence[int]) -> list[Any]:
     return [SimpleNamespace(desc=desc, max=desc.dims) for desc in descs]
 
 
+SCALAR_FIELDS: dict[str, Any] = {
+    "scale": np.array([0.125], np.float32),
+    "softcap": np.array([30.0], np.float32),
+    "sliding_window": np.array([512], np.int32),
+}
+
+
 def test_what_is_serialized_makes_the_same_plugin(library: TensorRTLibrary) -> None:
-    scalars = {
-        "scale": np.array([0.125], np.float32),
-        "softcap": np.array([30.0], np.float32),
-        "sliding_window": np.array([512], np.int32),
-    }
-    built = create(library, scalars, "BUILD")
+    built = create(library, SCALAR_FIELDS, "BUILD")
     cache = (4, KV_HEADS, CAPACITY, HEAD_DIM)
     inputs = described(library, (4, 16, HEADS, HEAD_DIM), cache, cache, (4,))
     built.configure_plugin(inputs, [])
     fields = {field.name: field.data for field in built.get_fields_to_serialize()}
     kernels = fields.pop("kernels").view(np.uint8)
     assert {name: value.tolist() for name, value in fields.items()} == {
-        name: value.tolist() for name, value in scalars.items()
+        name: value.tolist() for name, value in SCALAR_FIELDS.items()
     }
     loaded = create(library, {**fields, "kernels": kernels}, "RUNTIME").attach_to_context(None)
     again = {field.name: field.data.tobytes() for field in loaded.get_fields_to_serialize()}
@@ -224,3 +233,39 @@ def test_what_is_serialized_makes_the_same_plugin(library: TensorRTLibrary) -> N
     kernels[100] ^= 1
     with pytest.raises(EngineError, match="checksum is wrong"):
         create(library, {**fields, "kernels": kernels}, "RUNTIME")
+
+
+def test_running_launches_its_kernels_on_its_tensors(
+    library: TensorRTLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = create(library, SCALAR_FIELDS, "BUILD")
+    cache = (4, KV_HEADS, CAPACITY, HEAD_DIM)
+    inputs = described(library, (4, 5, HEADS, HEAD_DIM), cache, cache, (4,))
+    plugin.configure_plugin(inputs, [])
+    launched: list[tuple[Any, ...]] = []
+
+    def load(archive: Any) -> Any:
+        return SimpleNamespace(run=lambda *arguments: launched.append((archive, *arguments)))
+
+    monkeypatch.setattr(plugin_module, "load_kernels", load)
+    plugin.enqueue([i.desc for i in inputs], [], [1, 2, 3, 4], [5], 6, 7)
+    shape = KernelShape(head_dim=HEAD_DIM, group=2, dtype="bfloat16", has_softcap=True)
+    assert launched == [
+        (
+            compile_archive(shape, (89,)),
+            CallShape(batch=4, num_tokens=5, num_kv_heads=KV_HEADS, capacity=CAPACITY),
+            Tensors(query=1, key_cache=2, value_cache=3, input_pos=4, output=5, scratch=6),
+            Scalars(scale=0.125, softcap=30.0, sliding_window=512),
+            7,
+        )
+    ]
+
+
+def test_what_fails_while_running_is_in_the_log(library: TensorRTLibrary) -> None:
+    plugin = create(library, SCALAR_FIELDS, "BUILD")
+    with pytest.raises(EngineError):
+        plugin.enqueue([], [], [], [], 0, 0)  # before any kernels were compiled
+    assert (
+        "running the plugin GemmaAttention: the engine's attention kernels are not in a format"
+        in (library.log.take_errors())
+    )
