@@ -24,6 +24,7 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_WINDOW = tl.constexpr(1 << 30)
+_MAX_POSITION = tl.constexpr(1 << 29)
 
 
 # Called just in time, Triton would compile anew for integers that are 1 or divisible by 16.
@@ -70,7 +71,9 @@ def attend(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     part, head = tl.program_id(1), tl.program_id(2)
     batch, kv_head = head // num_kv_heads, head % num_kv_heads
-    start = tl.load(input_pos + batch).to(tl.int32)
+    # TensorRT times engines on arbitrary data: sums of whatever is here must not wrap around and lead
+    # outside of the cache.
+    start = tl.minimum(tl.maximum(tl.load(input_pos + batch), 0), _MAX_POSITION).to(tl.int32)
 
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens = tl.minimum(rows // GROUP, num_tokens - 1)

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -171,3 +172,22 @@ def test_never_reads_past_the_cache(
     assert output.isfinite().all()
     # A window that far away holds no key.
     assert bool(output.any()) is not bool(sliding_window)
+
+
+@pytest.mark.parametrize("position", [-(2**31), -1_926_892_555, -1, 2**31 - 1])
+@pytest.mark.parametrize("sliding_window", [0, 4096])
+@pytest.mark.parametrize("skips_masks", [False, True])
+def test_no_position_leads_outside_of_the_cache(
+    interpreted: Run, make_problem: Any, position: int, sliding_window: int, *, skips_masks: bool
+) -> None:
+    problem = make_problem(heads=(2, 1), head_dim=16, input_pos=(30,), num_tokens=2, capacity=32)
+    problem = replace(
+        problem,
+        input_pos=torch.tensor([position], dtype=torch.int32),
+        attributes=(*problem.attributes[:2], sliding_window),
+        # What is there is seen, and has to be numbers.
+        key_cache=problem.key_cache.nan_to_num(),
+        value_cache=problem.value_cache.nan_to_num(),
+    )
+    how = tile(skips_masks=skips_masks)
+    assert run(interpreted, problem, tile=how, num_parts=8).isfinite().all()
