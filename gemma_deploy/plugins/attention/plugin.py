@@ -89,13 +89,13 @@ def _creator_class(library: TensorRTLibrary, trt: Any) -> Any:
             self.plugin_namespace = PLUGIN_NAMESPACE
             self.plugin_version = PLUGIN_VERSION
             self.capabilities: tuple[int, ...] = ()
-            self.field_names = trt.PluginFieldCollection(
-                [
-                    trt.PluginField("scale", np.array([]), trt.PluginFieldType.FLOAT32),
-                    trt.PluginField("softcap", np.array([]), trt.PluginFieldType.FLOAT32),
-                    trt.PluginField("sliding_window", np.array([]), trt.PluginFieldType.INT32),
-                ]
-            )
+            # Kept here: a collection points into its fields and does not keep them.
+            self._fields = [
+                trt.PluginField("scale", np.array([]), trt.PluginFieldType.FLOAT32),
+                trt.PluginField("softcap", np.array([]), trt.PluginFieldType.FLOAT32),
+                trt.PluginField("sliding_window", np.array([]), trt.PluginFieldType.INT32),
+            ]
+            self.field_names = trt.PluginFieldCollection(self._fields)
 
         def create_plugin(self, _name: str, fields: Any, phase: Any) -> Any:
             with _reported(library, "creating"):
@@ -165,7 +165,8 @@ def _plugin_class(library: TensorRTLibrary, trt: Any, build_base: Any) -> Any:  
 
         def get_fields_to_serialize(self) -> Any:
             scalars, kinds = self._settings.scalars, trt.PluginFieldType
-            fields = [
+            # Kept here: TensorRT reads names and data after this call, and a collection keeps neither.
+            self._fields = [
                 trt.PluginField(name, np.array([value], dtype), kind)
                 for name, value, dtype, kind in (
                     ("scale", scalars.scale, np.float32, kinds.FLOAT32),
@@ -174,8 +175,8 @@ def _plugin_class(library: TensorRTLibrary, trt: Any, build_base: Any) -> Any:  
                 )
             ]
             kernels = np.frombuffer(self._settings.kernels, np.uint8)
-            fields.append(trt.PluginField(KERNELS_FIELD, kernels, kinds.UNKNOWN))
-            return trt.PluginFieldCollection(fields)
+            self._fields.append(trt.PluginField(KERNELS_FIELD, kernels, kinds.UNKNOWN))
+            return trt.PluginFieldCollection(self._fields)
 
         def on_shape_change(self, inputs: Any, _outputs: Any) -> None:
             with _reported(library, "changing the shapes of"):

@@ -217,7 +217,11 @@ def test_what_is_serialized_makes_the_same_plugin(library: TensorRTLibrary) -> N
     cache = (4, KV_HEADS, CAPACITY, HEAD_DIM)
     inputs = described(library, (4, 16, HEADS, HEAD_DIM), cache, cache, (4,))
     built.configure_plugin(inputs, [])
-    fields = {field.name: field.data for field in built.get_fields_to_serialize()}
+    collection = built.get_fields_to_serialize()
+    # TensorRT reads the memory after the call: nobody else may have got it by then.
+    others = [np.array([-1.0], np.float32) for _ in range(1000)]
+    fields = {field.name: field.data.copy() for field in collection}
+    assert others
     kernels = fields.pop("kernels").view(np.uint8)
     assert {name: value.tolist() for name, value in fields.items()} == {
         name: value.tolist() for name, value in SCALAR_FIELDS.items()
