@@ -23,7 +23,7 @@ from gemma_deploy.graph_spec import DType, GraphSpec, Phase, TensorSpec, graph_s
 # Of the translation; lowerings state the version of what they write. All ops that torch's exporter
 # uses here are the same from 23 to 24.
 _OPSET_VERSION = 23
-# What symbolic dims are while tracing; any distinct sizes above 1 would do.
+# What symbolic dims are while tracing; any sizes above 1 would do.
 _TRACED_SIZES = {"B": 2, "S": 3, "L": 2, "T": 8}
 
 
