@@ -284,6 +284,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="rounds; medians are shown (21)")
     parser.add_argument("--json", action="store_true", help="print the table on stderr")
     args = parser.parse_args()
+    if args.rounds < 2:  # quartiles are of two or more
+        parser.error(f"--rounds is {args.rounds}; expected 2 or more")
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU and a torch built for CUDA")
     dtype = getattr(torch, args.dtype)
