@@ -92,7 +92,7 @@ class Verification:
             name = "graphs"
             on_progress("loading the graphs", 0, 1)
             with self.graphs.load(bundle) as session:
-                yield _passed(name, self.graphs.describe(session))
+                yield _passed(name, self.graphs.describe(bundle.config, session))
                 name = "parity"
                 yield from self._compare(bundle, session, rows, reference, on_progress)
         except RequestError:

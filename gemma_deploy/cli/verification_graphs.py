@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import Attention
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.external_data import check_external_data
@@ -64,16 +65,22 @@ class GraphChoice:
             bundle, device=device, threads=self.threads, use_decode_graph=True, graphs=graphs
         )
 
-    def describe(self, session: "OnnxRuntimeSession") -> str:
+    def describe(self, config: GemmaConfig, session: "OnnxRuntimeSession") -> str:
         """Return what ran, in words: above all, what did not."""
         loaded = f"both load and are as the manifest says, on {session.device.kind}"
         if self.lowering != "tensorrt":
             return loaded
-        assumed = "" if self.attention == "plugin" else _ASSUMED
+        assumed = _ASSUMED if self._counts_kv_lengths(config) else ""
         return (
             f"{loaded}. NO TensorRT kernel ran: ONNX Runtime computes in float32 what the TensorRT "
             f"graphs mean, with attention {self.attention}{assumed}"
         )
+
+    def _counts_kv_lengths(self, config: GemmaConfig) -> bool:
+        """Tell whether any layer is TRT_Attention by lengths: one without softcap and window."""
+        if self.attention == "plugin" or config.attn_logit_softcapping is not None:
+            return False
+        return any(config.window_of(layer) is None for layer in range(config.num_hidden_layers))
 
     def _source(self, bundle: Bundle, phase: Phase) -> "GraphSource":
         from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource

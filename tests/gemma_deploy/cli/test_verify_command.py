@@ -4,6 +4,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,8 @@ from safetensors.torch import save_file
 
 from gemma_deploy import api
 from gemma_deploy.cli.verification import describe_parity
+from gemma_deploy.cli.verification_graphs import GraphChoice
+from gemma_deploy.engine import Attention
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import LOWERINGS
 from gemma_deploy.parity import ParityCounter
@@ -150,6 +154,31 @@ class TestOtherGraphs:
         assert f"with attention {attention or 'auto'}" in result.stdout
         is_assumed = "taken from its documentation" in result.stdout
         assert is_assumed is (attention != "plugin")
+
+    @pytest.mark.parametrize(
+        ("attention", "softcap", "window", "is_assumed"),
+        [
+            ("auto", None, None, True),
+            ("native", None, None, True),
+            ("plugin", None, None, False),
+            ("auto", 50.0, None, False),
+            ("auto", None, 8, False),
+            ("native", None, 8, False),  # by a mask
+        ],
+    )
+    def test_only_layers_by_length_rest_on_the_documentation(
+        self, attention: Attention, softcap: float | None, window: int | None, *, is_assumed: bool
+    ) -> None:
+        config: Any = SimpleNamespace(
+            attn_logit_softcapping=softcap, num_hidden_layers=2, window_of=lambda _layer: window
+        )
+        session: Any = SimpleNamespace(device=SimpleNamespace(kind="cpu"))
+        graphs = GraphChoice(lowering="tensorrt", attention=attention, device="cpu", threads=None)
+
+        said = graphs.describe(config, session)
+
+        assert "NO TensorRT kernel ran: ONNX Runtime computes in float32" in said
+        assert ("taken from its documentation" in said) is is_assumed
 
     def test_portable_graphs_agree(
         self, invoke: Callable[..., Result], narrow: Path, narrow_checkpoint: Path
