@@ -177,6 +177,10 @@ def _builder_config(library: TensorRTLibrary, builder: Any, job: PlanJob) -> Any
             profile.set_shape(name, shape.smallest, shape.usual, shape.largest)
         if config.add_optimization_profile(profile) < 0:
             raise _failure(library, "refused an optimization profile")
+    # The runtime gives the memory itself and records steps: TensorRT for RTX allocates while a step
+    # runs, which cannot be recorded, unless it is told not to.
+    if hasattr(library.module.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(library.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if hasattr(config, "num_compute_capabilities"):
         constants = target_constants(library.module, job.build.targets)
         config.num_compute_capabilities = len(constants)

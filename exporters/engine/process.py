@@ -7,18 +7,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any, Final, cast
+from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.builder import OnProgress
-from gemma_deploy.exporters.engine.child import BuildRequest
 from gemma_deploy.file_records import FileRecord
+
+if TYPE_CHECKING:  # a module that was imported before warns when it is run
+    from gemma_deploy.exporters.engine.child import BuildRequest
 
 _MODULE: Final = "gemma_deploy.exporters.engine.child"
 _SHOWN_LINES: Final = 20
+_SIGKILL: Final = 9  # Windows has no such name
 
 
-def build_in_child(request: BuildRequest, on_progress: OnProgress) -> FileRecord:
+def build_in_child(request: "BuildRequest", on_progress: OnProgress) -> FileRecord:
     """Build a plan in a process of its own, and wait for it.
 
     Whatever ends this call ends that process.
@@ -74,7 +77,7 @@ def _child(errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _messages(
-    process: subprocess.Popen[bytes], request: BuildRequest
+    process: subprocess.Popen[bytes], request: "BuildRequest"
 ) -> Iterator[Mapping[str, Any]]:
     """Send the request and yield what comes back. stdin stays open: its end would end the child."""
     stdin, stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
@@ -88,7 +91,7 @@ def _messages(
 
 def _ended_early(code: int, said: list[str], errors: IO[bytes]) -> EngineBuildError:
     """Explain the end of a child that gave no result."""
-    if code == -signal.SIGKILL:
+    if code == -_SIGKILL:
         what = (
             "was killed (SIGKILL), most often by the system when memory runs out: close other "
             "programs or build on a machine with more memory"

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.build import plan_build
-from gemma_deploy.exporters.engine.builder import PlanJob, write_plan
+from gemma_deploy.exporters.engine.builder import PlanJob, _builder_config, write_plan
 from gemma_deploy.exporters.engine.prepared_graph import (
     Initializer,
     PreparedGraph,
@@ -75,6 +75,11 @@ def test_a_plan_is_written_and_hashed_on_the_way(job: PlanJob, tmp_path: Path) -
     record = write_plan(RTX, job, path)
     assert record.size_bytes == path.stat().st_size
     assert record.sha256 == sha256_of(path)
+
+
+def test_rtx_is_told_that_steps_will_be_recorded(job: PlanJob) -> None:
+    config = _builder_config(RTX, RTX.module.Builder(RTX.log.logger), job)
+    assert config.get_flag(RTX.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def _with_spec(job: PlanJob, **changes: Any) -> PlanJob:

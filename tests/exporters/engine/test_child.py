@@ -75,6 +75,16 @@ def test_ctrl_c_is_left_to_the_parent(
     assert child.wait(TIMEOUT_S) == 0
 
 
+def test_running_it_warns_of_nothing() -> None:
+    # Python warns when a module is run that its package has imported already.
+    script = "import gemma_deploy.exporters.engine, sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert "gemma_deploy.exporters.engine.process" in result.stdout.split()
+    assert "gemma_deploy.exporters.engine.child" not in result.stdout.split()
+
+
 def test_it_ends_when_its_parent_is_gone(
     child: subprocess.Popen[bytes], request_line: bytes
 ) -> None:
