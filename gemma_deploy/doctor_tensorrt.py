@@ -37,7 +37,7 @@ def engine_verdicts(folder: Path, machine: Machine) -> list[Capability]:
     Raises:
         RequestError: The folder is neither.
         BundleError: The bundle is damaged.
-        EngineError: An engine is damaged.
+        EngineError: The packed engine is damaged.
     """
     if (folder / ENGINE_FILE).is_file():
         return [_verdict(EngineFolder.open(folder), None, machine)]
@@ -47,7 +47,12 @@ def engine_verdicts(folder: Path, machine: Machine) -> list[Capability]:
             "a packed engine"
         )
     bundle = Bundle.open(folder)
-    return [_verdict(engine, bundle, machine) for engine in engines_of(bundle)]
+    engines, damaged = engines_of(bundle)
+    verdicts = [_verdict(engine, bundle, machine) for engine in engines]
+    return verdicts + [
+        Capability(name=f"engine {name}", is_available=False, detail=str(err))
+        for name, err in damaged.items()
+    ]
 
 
 def _building(machine: Machine, flavour: Flavour) -> Capability:
@@ -78,13 +83,9 @@ def _running(machine: Machine, flavour: Flavour) -> Capability:
     problem = _library_problem(machine, flavour, name)
     if problem is not None:
         return problem
-    if "cuda-bindings" not in machine.packages:
-        return Capability(
-            name=name,
-            is_available=False,
-            detail="cuda-bindings not installed",
-            remedy='pip install "cuda-bindings>=12.8"',
-        )
+    problem = _bindings_problem(machine, name)
+    if problem is not None:
+        return problem
     reason = _gpu_problem(machine, flavour)
     if reason is not None:
         return Capability(name=name, is_available=False, detail=reason)
@@ -124,6 +125,9 @@ def _verdict(engine: EngineFolder, bundle: Bundle | None, machine: Machine) -> C
             f"{', '.join(build.targets)}; nothing more can be told here: {reason}"
         )
         return Capability(name=name, is_available=None, detail=detail)
+    problem = _bindings_problem(machine, name)
+    if problem is not None:
+        return problem
     detail = f"{build.flavour} {build.library_version} on {machine.gpus[0].name}"
     return Capability(name=name, is_available=True, detail=detail)
 
@@ -141,6 +145,18 @@ def _library_problem(machine: Machine, flavour: Flavour, name: str) -> Capabilit
         is_available=False,
         detail=detail,
         remedy=f'pip install "gemma-deploy[{flavour}]"',
+    )
+
+
+def _bindings_problem(machine: Machine, name: str) -> Capability | None:
+    """Return that what runs engines cannot reach the driver, or None."""
+    if "cuda-bindings" in machine.packages:
+        return None
+    return Capability(
+        name=name,
+        is_available=False,
+        detail="cuda-bindings not installed",
+        remedy='pip install "cuda-bindings>=12.8"',
     )
 
 

@@ -11,7 +11,13 @@ from typing import Any, Literal, cast, get_args
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import BundleVersionError, ConfigError, EngineError
+from gemma_deploy.errors import (
+    BundleVersionError,
+    ConfigError,
+    EngineError,
+    GemmaDeployError,
+    UnsafePathError,
+)
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import (
     PHASES,
@@ -277,22 +283,54 @@ class EngineFolder:
         ]
 
 
-def engines_of(bundle: Bundle) -> list[EngineFolder]:
+def engines_of(bundle: Bundle) -> tuple[list[EngineFolder], dict[str, GemmaDeployError]]:
     """Return the engines kept in a bundle, the latest built first.
 
-    Raises:
-        EngineError: One of them is damaged.
+    Beside them what is wrong with those that cannot be opened, by the name of their folder: one
+    damaged engine does not stand in the way of the others.
     """
-    folder = bundle.folder / ENGINES_FOLDER
-    if not folder.is_dir():
-        return []
-    found = [path.parent for path in folder.glob(f"*/{ENGINE_FILE}")]
-    found.sort(key=lambda path: (path / ENGINE_FILE).stat().st_mtime_ns, reverse=True)
-    return [EngineFolder.open(path) for path in found]
+    # Hidden ones belong to builds that have not ended, or were killed.
+    folders = [
+        path.parent
+        for path in (bundle.folder / ENGINES_FOLDER).glob(f"*/{ENGINE_FILE}")
+        if not path.parent.name.startswith(".")
+    ]
+    folders.sort(key=lambda folder: (folder / ENGINE_FILE).stat().st_mtime_ns, reverse=True)
+    engines: list[EngineFolder] = []
+    damaged: dict[str, GemmaDeployError] = {}
+    for folder in folders:
+        try:
+            engines.append(EngineFolder.open(folder))
+        except (EngineError, BundleVersionError, UnsafePathError) as err:
+            damaged[folder.name] = err
+    return engines, damaged
 
 
-def build_command(bundle: Path, build: EngineBuild) -> str:
-    """Return the command line that makes such an engine again, with the library now installed."""
+def engines_of_flavour(bundle: Bundle, flavour: Flavour) -> list[EngineFolder]:
+    """Return a bundle's engines of a flavour, the latest built first.
+
+    Raises:
+        EngineError: There is none, with the command that builds one; or none that can be opened.
+    """
+    opened, damaged = engines_of(bundle)
+    engines = [one for one in opened if one.manifest.build.flavour == flavour]
+    if not engines:
+        said = "".join(f" {name} cannot be opened: {err}." for name, err in damaged.items())
+        raise EngineError(
+            f"{bundle.folder} has no {flavour} engine: `gemma-deploy build "
+            f"{shlex.quote(str(bundle.folder))} --backend {flavour}` builds one.{said}"
+        )
+    return engines
+
+
+def build_command(bundle: Path, build: EngineBuild, *, force: bool = False) -> str:
+    """Return the command line that makes such an engine again, with the library now installed.
+
+    Args:
+        bundle: The bundle's folder.
+        build: What the engine is to be like.
+        force: Whether to build it although the very same one is there.
+    """
     limits = build.limits
     options = [
         f"--backend {build.flavour}",
@@ -308,6 +346,8 @@ def build_command(bundle: Path, build: EngineBuild) -> str:
         options.append(f"--layout {build.layout}")
     if build.attention != "auto":
         options.append(f"--attention {build.attention}")
+    if force:
+        options.append("--force")
     return f"gemma-deploy build {shlex.quote(str(bundle))} {' '.join(options)}"
 
 

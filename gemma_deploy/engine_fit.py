@@ -42,7 +42,11 @@ def why_not_of(build: EngineBuild, bundle: Bundle) -> str | None:
 
 
 def rebuild_advice(
-    engine: EngineFolder, gpu: Gpu | None = None, max_seq_len: int | None = None
+    engine: EngineFolder,
+    gpu: Gpu | None = None,
+    max_seq_len: int | None = None,
+    *,
+    force: bool = False,
 ) -> str:
     """Return the command that makes an engine again.
 
@@ -50,6 +54,7 @@ def rebuild_advice(
         engine: What it is to be like.
         gpu: The GPU it is to run on; None for those it was built for.
         max_seq_len: Tokens its KV cache must hold; None for as many as it does.
+        force: Whether it must be built although the very same one is there: it is damaged.
     """
     build = engine.manifest.build
     if gpu is not None:
@@ -57,12 +62,14 @@ def rebuild_advice(
     if max_seq_len is not None and max_seq_len > build.limits.max_seq_len:
         limits = dataclasses.replace(build.limits, max_seq_len=max_seq_len)
         build = dataclasses.replace(build, limits=limits)
+    folder = Path("BUNDLE") if is_packed(engine) else engine.folder.parent.parent
+    command = build_command(folder, build, force=force)
     if is_packed(engine):
         return (
-            f"build it again from its bundle, `{build_command(Path('BUNDLE'), build)}`, then "
+            f"build it again from its bundle, `{command}`, then "
             f"`gemma-deploy pack BUNDLE --backend {build.flavour} --output {engine.folder}`"
         )
-    return f"build it again: `{build_command(engine.folder.parent.parent, build)}`"
+    return f"build it again: `{command}`"
 
 
 def is_packed(engine: EngineFolder) -> bool:

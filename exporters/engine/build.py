@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import Gpu, read_driver
@@ -19,7 +20,6 @@ from gemma_deploy.engine import (
 from gemma_deploy.errors import BundleError, EngineBuildError, EngineError, ExportError
 from gemma_deploy.exporters.engine.attention import check_attention, check_plugin, uses_plugin
 from gemma_deploy.exporters.engine.builder import OnProgress, check_features
-from gemma_deploy.exporters.engine.child import BuildRequest
 from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.exporters.engine.process import build_in_child
 from gemma_deploy.exporters.engine.resources import check_resources
@@ -29,6 +29,9 @@ from gemma_deploy.graph_spec import PHASES, Phase
 from gemma_deploy.plugins.attention import PLUGIN_VERSION
 from gemma_deploy.staging import staged_folder
 from gemma_deploy.tensorrt import TensorRTLibrary, load_library
+
+if TYPE_CHECKING:  # a module that was imported before warns when it is run
+    from gemma_deploy.exporters.engine.child import BuildRequest
 
 _PRODUCERS = ("gemma-deploy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx", "triton")
 
@@ -152,11 +155,18 @@ def _graph_hash(bundle: Bundle, phase: Phase) -> str:
 
 
 def _existing(folder: Path) -> EngineFolder | None:
-    """Return the engine in a folder; None if there is none, or a damaged one."""
+    """Return the engine in a folder; None if there is none, a damaged one, or one of other code."""
     try:
-        return EngineFolder.open(folder)
+        engine = EngineFolder.open(folder)
     except EngineError:
         return None
+    # What rewrites the graph and compiles the kernels is not in the key: an engine of an older version
+    # still runs, but asking for it again is asking for what the present one makes.
+    names = ["gemma-deploy", *(["triton"] if engine.manifest.build.plugin_version else [])]
+    made_with, now = engine.manifest.versions, _versions()
+    if any(made_with.get(name) != now.get(name) for name in names):
+        return None
+    return engine
 
 
 def _build_plans(

@@ -9,7 +9,7 @@ from typing import Final
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint_files import is_licence
-from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of_flavour
 from gemma_deploy.engine_fit import rebuild_advice, why_not_of
 from gemma_deploy.errors import EngineError, ExportError, RequestError
 from gemma_deploy.file_records import FileRecord
@@ -78,12 +78,7 @@ def choose_engine(bundle: Bundle, flavour: Flavour, key: str | None) -> EngineFo
         RequestError: There are several of the flavour and no key, or none of that key.
         EngineError: There is none of the flavour, or it was built from other graphs or weights.
     """
-    found = [x for x in engines_of(bundle) if x.manifest.build.flavour == flavour]
-    if not found:
-        raise EngineError(
-            f"{bundle.folder} has no {flavour} engine: build one first with "
-            f"`gemma-deploy build {bundle.folder} --backend {flavour}`"
-        )
+    found = engines_of_flavour(bundle, flavour)
     keys = ", ".join(x.folder.name for x in found)
     if key is not None:
         found = [x for x in found if x.folder.name == key]

@@ -5,27 +5,11 @@ from typing import Final
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import Gpu
-from gemma_deploy.engine import EngineFolder, engines_of
+from gemma_deploy.engine import EngineFolder
 from gemma_deploy.engine_fit import rebuild_advice, why_not_of, why_not_on, why_not_with
 from gemma_deploy.errors import EngineError
-from gemma_deploy.tensorrt import Flavour
 
 _MOST_LISTED: Final = 5
-
-
-def engines_of_flavour(bundle: Bundle, flavour: Flavour) -> list[EngineFolder]:
-    """Return a bundle's engines of a flavour, the latest first.
-
-    Raises:
-        EngineError: There is none; with the command that builds one.
-    """
-    engines = [one for one in engines_of(bundle) if one.manifest.build.flavour == flavour]
-    if not engines:
-        raise EngineError(
-            f"{bundle.folder} has no {flavour} engine: "
-            f"`gemma-deploy build {bundle.folder} --backend {flavour}` builds one"
-        )
-    return engines
 
 
 def choose_engine(
@@ -39,7 +23,7 @@ def choose_engine(
     """Return the first engine that fits the library, the GPU, the bundle and the request.
 
     Args:
-        engines: From `engines_of_flavour`.
+        engines: At least one, from `gemma_deploy.engine.engines_of_flavour`.
         bundle: What they are kept in.
         library_version: Of the installed library.
         gpu: Where it is to run.

@@ -63,7 +63,7 @@ def load_plan(library: TensorRTLibrary, runtime: Any, engine: EngineFolder, path
         reason = f"{', '.join(changed)} changed since the build, its SHA-256 is another one"
     raise EngineError(
         f"{library.flavour} {library.version} refuses {path}: {reason}"
-        f"{': ' + said if said else ''}; {rebuild_advice(engine)}"
+        f"{': ' + said if said else ''}; {rebuild_advice(engine, force=True)}"
     )
 
 

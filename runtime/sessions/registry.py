@@ -106,7 +106,8 @@ def _torch(request: SessionRequest) -> Session:
 
 
 def _tensorrt(flavour: Flavour, request: SessionRequest) -> Session:
-    from gemma_deploy.runtime.sessions.engine_choice import choose_engine, engines_of_flavour
+    from gemma_deploy.engine import engines_of_flavour
+    from gemma_deploy.runtime.sessions.engine_choice import choose_engine
     from gemma_deploy.runtime.sessions.tensorrt_session import TensorRTSession
     from gemma_deploy.tensorrt import load_library
     from gemma_deploy.tensorrt.gpu import require_gpu

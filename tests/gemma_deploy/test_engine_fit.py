@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from gemma_deploy.engine import (
     EngineLimits,
     EngineManifest,
     Plan,
+    engines_of,
+    engines_of_flavour,
 )
 from gemma_deploy.engine_fit import is_packed, rebuild_advice, why_not_of, why_not_on, why_not_with
+from gemma_deploy.errors import EngineError
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import PHASES
 from gemma_deploy.machine import Machine, read_machine
@@ -102,6 +107,8 @@ def test_the_advice_is_a_command(tmp_path: Path, bundle: Bundle, build: EngineBu
     adapted = rebuild_advice(engine, BLACKWELL, 100)
     assert "--max-seq-len 100" in adapted
     assert adapted.endswith("--compute-capability 12.0`")
+    # The key of a damaged engine stays: without --force it would count as built.
+    assert rebuild_advice(engine, force=True).endswith("--compute-capability 8.9 --force`")
 
 
 def test_a_packed_engine_is_built_where_its_bundle_is(
@@ -141,6 +148,7 @@ def machine() -> Machine:
         ({"gpus": (BLACKWELL,)}, False, "it was built for compute capability 8.6, 8.9"),
         ({"packages": {"tensorrt-rtx": "2.0"}}, False, "it was built with tensorrt-rtx 1.7.1.116"),
         ({"packages": {}}, False, "tensorrt-rtx not installed"),
+        ({"packages": {"tensorrt-rtx": "1.7.1.116"}}, False, "cuda-bindings not installed"),
         ({"gpus": (), "cuda_driver": None}, None, "it fits tensorrt-rtx 1.7.1.116 and was built"),
     ],
 )
@@ -160,3 +168,32 @@ def test_doctor_judges_an_engine(
     assert found.is_available is is_available
     assert found.detail.startswith(detail)
     assert (found.remedy is not None) == (is_available is False)
+
+
+@pytest.fixture
+def two_engines(tmp_path: Path, bundle: Bundle, build: EngineBuild) -> Bundle:
+    """Return a bundle with the engines `older` and `newer`, and what a killed build left."""
+    folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    for number, name in enumerate(("older", "newer", ".newer.partial-7-ab")):
+        engine = write_engine(folder / "engines" / name, bundle, build)
+        os.utime(engine.folder / ENGINE_FILE, (number, number))
+    return Bundle.open(folder)
+
+
+def test_engines_are_those_that_were_finished_the_latest_first(two_engines: Bundle) -> None:
+    engines, damaged = engines_of(two_engines)
+    assert [engine.folder.name for engine in engines] == ["newer", "older"]
+    assert damaged == {}
+
+
+def test_a_damaged_engine_does_not_stand_in_the_way(two_engines: Bundle, machine: Machine) -> None:
+    (two_engines.folder / "engines" / "newer" / "engine.plan").write_bytes(b"")
+    (older,) = engines_of_flavour(two_engines, "tensorrt-rtx")
+    assert older.folder.name == "older"
+    good, bad = engine_verdicts(two_engines.folder, machine)
+    assert (good.name, good.is_available) == ("engine older", True)
+    assert (bad.name, bad.is_available) == ("engine newer", False)
+    assert "has 0 bytes, engine.json says 4 bytes" in bad.detail
+    (older.folder / ENGINE_FILE).write_text("{}")
+    with pytest.raises(EngineError, match=r"gemma-deploy build .* older cannot .* newer cannot"):
+        engines_of_flavour(two_engines, "tensorrt-rtx")

@@ -5,9 +5,9 @@ import pytest
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import Gpu
-from gemma_deploy.engine import EngineFolder
+from gemma_deploy.engine import EngineFolder, engines_of_flavour
 from gemma_deploy.errors import EngineError
-from gemma_deploy.runtime.sessions.engine_choice import choose_engine, engines_of_flavour
+from gemma_deploy.runtime.sessions.engine_choice import choose_engine
 
 ADA = Gpu(name="RTX 4090", compute_capability=(8, 9), memory_bytes=24 << 30)
 HOPPER = Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 << 30)

@@ -28,7 +28,7 @@ def test_a_refused_plan_is_an_error_with_the_librarys_words_and_the_command(
     assert text.startswith(f"tensorrt-rtx {LIBRARY.version} refuses {engine.plan_path('decode')}")
     assert "Error reading CUDA GPU properties" in text
     assert f"`gemma-deploy build {engine.folder.parent.parent} --backend tensorrt-rtx" in text
-    assert "--compute-capability 8.9" in text
+    assert "--compute-capability 8.9 --force`" in text
     assert not LIBRARY.log.take_errors()
 
 
