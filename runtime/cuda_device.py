@@ -107,9 +107,13 @@ class CudaDevice:
         self.call("cuStreamBeginCapture", stream.handle, mode)
         try:
             work()
-        finally:
+        except BaseException:
             # The capture ends however the work ended, or the stream could not be used again.
             error, graph = self._driver.cuStreamEndCapture(stream.handle)
+            if error == self._driver.CUresult.CUDA_SUCCESS:
+                self._driver.cuGraphDestroy(graph)
+            raise
+        error, graph = self._driver.cuStreamEndCapture(stream.handle)
         if error != self._driver.CUresult.CUDA_SUCCESS:
             raise SessionError(f"CUDA on cuda:{self.index} cannot capture the step: {error.name}")
         try:

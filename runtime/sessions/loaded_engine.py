@@ -116,6 +116,8 @@ class LoadedEngine:
         # A device that failed says so again at every call; the error that closed the session counts.
         with contextlib.suppress(SessionError):
             self._device.activate()
+            if self._memory is not None:  # Ctrl-C may have left a step running
+                self._memory.stream.synchronize()
         self._close_decode_steps()
         if self._prefill is not None:
             self._prefill.close()
@@ -136,7 +138,7 @@ class LoadedEngine:
             file = self._folder.plan_path(phase)
             loaded = load_plan(self._library, self._runtime, self._folder, file)
             tensors = read_tensors(self._library.module, loaded)
-            check_tensors(self.specs[phase], tensors, rebuild_advice(self._folder))
+            check_tensors(self.specs[phase], tensors, rebuild_advice(self._folder, force=True))
             self._engines[path] = loaded
         activation_bytes = [
             self._engines[plan.path].get_device_memory_size_for_profile_v2(plan.profile)

@@ -351,6 +351,16 @@ def test_a_device_that_failed_can_still_be_let_go_of(
     assert len(device.alive) == 0
 
 
+def test_a_session_is_closed_when_its_last_step_is_over(
+    session: TensorRTSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(HostDevice, "synchronize", lambda _: calls.append("waits"))
+    monkeypatch.setattr(HostMemory, "free", lambda _: calls.append("frees"))
+    session.close()
+    assert calls == ["waits", *["frees"] * 4]
+
+
 def test_steps_that_cannot_be_recorded_are_queued(
     session: TensorRTSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
