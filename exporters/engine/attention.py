@@ -6,7 +6,7 @@ from typing import Final
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import Attention
-from gemma_deploy.errors import BackendUnavailableError, ExportError, RequestError
+from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.plugins.attention.schedule import (
     SHARED_LIMIT_BYTES,
     KernelDType,
@@ -72,15 +72,12 @@ def check_plugin(config: GemmaConfig, dtype: KernelDType, targets: Sequence[str]
             f"the attention plugin has no kernels for compute capability {', '.join(missing)}; it "
             f"has for {', '.join(known)}: leave it out, or take --attention native"
         )
-    try:
-        KernelShape(
-            head_dim=config.head_dim,
-            group=config.num_attention_heads // config.num_key_value_heads,
-            dtype=dtype,
-            has_softcap=config.attn_logit_softcapping is not None,
-        )
-    except ExportError as err:
-        raise RequestError(str(err)) from err
+    KernelShape(  # refuses the heads it has no kernels for
+        head_dim=config.head_dim,
+        group=config.num_attention_heads // config.num_key_value_heads,
+        dtype=dtype,
+        has_softcap=config.attn_logit_softcapping is not None,
+    )
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailableError(
             "the attention plugin's kernels are compiled with Triton, which is not installed: "

@@ -13,6 +13,8 @@ DEFAULT_MAX_STEP_TOKENS: Final = 512
 DEFAULT_NUM_CANDIDATES: Final = 64
 # TensorRT's TopK: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/TopK.html
 _MOST_CANDIDATES: Final = 3840
+# Attention launches a block per row and KV head along an axis of CUDA's grids that ends here.
+_MOST_GRID_ROWS: Final = 65_535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,12 @@ class BuildOptions:
                 "of the vocabulary that TensorRT sorts",
             )
         return EngineLimits(
-            max_batch_size=_within("max_batch", self.max_batch_size, None, ""),
+            max_batch_size=_within(
+                "max_batch",
+                self.max_batch_size,
+                _MOST_GRID_ROWS // manifest.config.num_key_value_heads,
+                "rows that a kernel's grid takes",
+            ),
             max_seq_len=max_seq_len,
             max_step_tokens=step_tokens,
             max_logits=_within(
@@ -92,9 +99,10 @@ class BuildOptions:
         )
 
 
-def _within(name: str, value: int, most: int | None, what: str) -> int:
+def _within(name: str, value: int, most: int, what: str) -> int:
     """Return the value of an option if it is from 1 to `most`; `what` tells what `most` counts."""
-    if value < 1 or (most is not None and value > most):
-        limit = "" if most is None else f" to {most}, the {what}"
-        raise RequestError(f"{name} is {value}; expected a whole number from 1{limit}")
+    if not 1 <= value <= most:
+        raise RequestError(
+            f"{name} is {value}; expected a whole number from 1 to {most}, the {what}"
+        )
     return value

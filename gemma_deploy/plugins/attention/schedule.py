@@ -8,7 +8,7 @@ registers, bytes in flight); no measurement on hardware has confirmed them yet.
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from gemma_deploy.errors import ExportError
+from gemma_deploy.errors import RequestError
 
 KernelDType = Literal["float16", "bfloat16"]
 TileName = Literal["narrow", "wide"]
@@ -64,15 +64,15 @@ class KernelShape:
         """Refuse shapes that the kernels do not cover.
 
         Raises:
-            ExportError: head_dim or group is out of range.
+            RequestError: head_dim or group is out of range.
         """
         if self.head_dim not in HEAD_DIMS:
-            raise ExportError(
+            raise RequestError(
                 f"the attention plugin takes a head_dim of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} in "
                 f"steps of {HEAD_DIMS.step}, not {self.head_dim}. Build with --attention native"
             )
         if not 1 <= self.group <= MAX_GROUP:
-            raise ExportError(
+            raise RequestError(
                 f"the attention plugin takes 1 to {MAX_GROUP} query heads per KV head, not "
                 f"{self.group}. Build with --attention native"
             )

@@ -51,7 +51,8 @@ def test_what_is_asked_for_is_taken() -> None:
         ({"max_seq_len": 0}, "max_seq_len is 0; expected"),
         ({"max_seq_len": 64, "max_step_tokens": 65}, "prefill_chunk is 65; .* 1 to 64"),
         ({"max_step_tokens": 8, "max_logits": 9}, "max_logits is 9; .* 1 to 8"),
-        ({"max_batch_size": 0}, "max_batch is 0; expected a whole number from 1$"),
+        ({"max_batch_size": 0}, "max_batch is 0; expected a whole number from 1 to 4095, the rows"),
+        ({"max_batch_size": 4096}, "max_batch is 4096; expected a whole number from 1 to 4095"),
         ({"num_candidates": 3841}, "top_logits is 3841; .* 1 to 3840"),
         ({"num_candidates": 0}, "top_logits is 0"),
         (

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_deploy.errors import ExportError
+from gemma_deploy.errors import RequestError
 from gemma_deploy.plugins.attention.schedule import (
     SHARED_LIMIT_BYTES,
     CallShape,
@@ -132,11 +132,11 @@ def test_a_narrow_tile_holds_a_token_of_any_group(group: int, capability: int) -
 
 @pytest.mark.parametrize("head_dim", [8, 100, 264, 512])
 def test_refuses_other_head_dims(head_dim: int) -> None:
-    with pytest.raises(ExportError, match=rf"head_dim of 16 to 256 .* not {head_dim}.*native"):
+    with pytest.raises(RequestError, match=rf"head_dim of 16 to 256 .* not {head_dim}.*native"):
         shape(head_dim=head_dim)
 
 
 @pytest.mark.parametrize("group", [0, 65])
 def test_refuses_other_groups(group: int) -> None:
-    with pytest.raises(ExportError, match=rf"1 to 64 query heads per KV head, not {group}"):
+    with pytest.raises(RequestError, match=rf"1 to 64 query heads per KV head, not {group}"):
         shape(group=group)
