@@ -61,6 +61,8 @@ class CacheBuffers:
         batch_size: int,
         max_seq_len: int,
         allocate: Allocate,
+        *,
+        remedy: str = "use a smaller max_seq_len or batch size",
     ) -> "CacheBuffers":
         """Allocate zeroed tensors.
 
@@ -72,6 +74,7 @@ class CacheBuffers:
             batch_size: B.
             max_seq_len: T.
             allocate: Gives memory on the device.
+            remedy: What the error tells the user to do.
 
         Raises:
             SessionError: There is not enough memory.
@@ -82,7 +85,7 @@ class CacheBuffers:
         except MemoryError as err:
             raise SessionError(
                 f"not enough memory for a KV cache of {batch_size} rows of {max_seq_len:,} tokens: "
-                "use a smaller max_seq_len or batch size"
+                f"{remedy}"
             ) from err
         return cls(batch_size, max_seq_len, tensors)
 

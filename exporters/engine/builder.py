@@ -96,9 +96,7 @@ def write_plan(
     """
     module, log = library.module, library.log
     log.take_errors()
-    builder = module.Builder(log.logger)
-    if builder is None:
-        raise EngineBuildError(f"{library.flavour} made no builder: {log.take_errors()}")
+    builder = _create_builder(library)
     network = builder.create_network(_network_flags(module))
     parser = module.OnnxParser(network, log.logger)
     # Both outlive the parser, which only borrows them.
@@ -117,6 +115,13 @@ def write_plan(
         if not is_built:
             raise _failure(library, "could not build the engine")
     return FileRecord(size_bytes=writer.size_bytes, sha256=writer.digest.hexdigest())
+
+
+def _create_builder(library: TensorRTLibrary) -> Any:
+    try:
+        return library.module.Builder(library.log.logger)
+    except TypeError as err:  # the bindings' way to say that the library gave none
+        raise _failure(library, "made no builder; see `gemma-deploy doctor`") from err
 
 
 def _network_flags(module: Any) -> int:

@@ -47,7 +47,7 @@ def load_library(flavour: Flavour) -> TensorRTLibrary:
     install = f'pip install "gemma-deploy[{flavour}]"'
     try:
         module = importlib.import_module(name)
-    except ImportError as err:
+    except (ImportError, OSError) as err:  # OSError: the package opens its libraries itself
         raise BackendUnavailableError(
             f"the {flavour} backend needs the Python package {name}, which cannot be imported: "
             f"{err}. {install}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_deploy.engine import EngineFolder
 from gemma_deploy.engine_fit import rebuild_advice
-from gemma_deploy.errors import EngineError
+from gemma_deploy.errors import EngineError, SessionError
 from gemma_deploy.runtime.sessions.engine_bindings import EngineTensor
 from gemma_deploy.tensorrt import TensorRTLibrary
 
@@ -15,7 +15,8 @@ def create_runtime(library: TensorRTLibrary, engine: EngineFolder) -> Any:
     """Return the library's `Runtime`, with the plugin registered that the engine's plans need.
 
     Raises:
-        EngineError: The library made none, or the plans need another version of the plugin.
+        EngineError: The plans need another version of the plugin.
+        SessionError: The library made none.
     """
     if engine.manifest.build.plugin_version is not None:
         from gemma_deploy.plugins.attention import PLUGIN_VERSION, register_plugin
@@ -28,10 +29,13 @@ def create_runtime(library: TensorRTLibrary, engine: EngineFolder) -> Any:
             )
         register_plugin(library)
     library.log.take_errors()
-    runtime = library.module.Runtime(library.log.logger)
-    if runtime is None:
-        raise EngineError(f"{library.flavour} made no runtime: {library.log.take_errors()}")
-    return runtime
+    try:
+        return library.module.Runtime(library.log.logger)
+    except TypeError as err:  # the bindings' way to say that the library gave none
+        raise SessionError(
+            f"{library.flavour} {library.version} made no runtime: "
+            f"{library.log.take_errors() or err}. See `gemma-deploy doctor`"
+        ) from err
 
 
 def load_plan(library: TensorRTLibrary, runtime: Any, engine: EngineFolder, path: Path) -> Any:

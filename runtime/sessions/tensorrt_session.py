@@ -112,7 +112,11 @@ class TensorRTSession:
         engine = self._loaded()
         engine.drop_decode_steps()
         whole = CacheBuffers.allocate(
-            engine.specs["prefill"].cache_inputs, batch_size, limits.max_seq_len, self._allocate
+            engine.specs["prefill"].cache_inputs,
+            batch_size,
+            limits.max_seq_len,
+            self._allocate,
+            remedy="use a smaller batch size, or an engine built with a smaller --max-seq-len",
         )
         return CacheBuffers(batch_size, max_seq_len, whole.tensors)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -80,6 +81,18 @@ def test_a_plan_is_written_and_hashed_on_the_way(job: PlanJob, tmp_path: Path) -
 def test_rtx_is_told_that_steps_will_be_recorded(job: PlanJob) -> None:
     config = _builder_config(RTX, RTX.module.Builder(RTX.log.logger), job)
     assert config.get_flag(RTX.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def test_a_library_that_gives_no_builder(job: PlanJob, tmp_path: Path) -> None:
+    def builder(_logger: object) -> None:
+        RTX.log.add("ERROR", "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    library = dataclasses.replace(RTX, module=SimpleNamespace(Builder=builder))
+    with pytest.raises(
+        EngineBuildError, match=r"made no builder; .*:\nCUDA initialization failure"
+    ):
+        write_plan(library, job, tmp_path / "plan")
 
 
 def _with_spec(job: PlanJob, **changes: Any) -> PlanJob:

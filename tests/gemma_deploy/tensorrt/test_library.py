@@ -31,6 +31,18 @@ def test_an_emptied_package_is_not_taken_for_the_library(monkeypatch: pytest.Mon
         load_library("tensorrt")
 
 
+def test_a_package_that_cannot_open_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_name: str) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    load_library.cache_clear()
+    monkeypatch.setattr("gemma_deploy.tensorrt.library.importlib.import_module", fail)
+    with pytest.raises(
+        BackendUnavailableError, match=r"libcudart.so.13: cannot open .* pip install"
+    ):
+        load_library("tensorrt")
+
+
 _OPEN = "import ctypes; print(ctypes.CDLL('libtensorrt_rtx.so').getInferLibVersion())"
 
 

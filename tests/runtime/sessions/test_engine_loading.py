@@ -1,11 +1,12 @@
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gemma_deploy.engine import EngineFolder
-from gemma_deploy.errors import EngineError
+from gemma_deploy.errors import EngineError, SessionError
 from gemma_deploy.runtime.sessions.engine_loading import (
     create_runtime,
     describe_invalidity,
@@ -61,6 +62,20 @@ def test_diagnostics_have_their_names(text_engine: Any) -> None:
     _, bits = runtime.get_engine_validity(bytes(range(200)))
     LIBRARY.log.take_errors()
     assert describe_invalidity(module, bits) == "invalid (MALFORMED_ENGINE)"
+
+
+def test_a_library_that_gives_no_runtime(text_engine: Any) -> None:
+    def runtime(_logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    engine = text_engine()
+    build = dataclasses.replace(engine.manifest.build, plugin_version=None)
+    manifest = dataclasses.replace(engine.manifest, build=build)
+    library = dataclasses.replace(LIBRARY, module=SimpleNamespace(Runtime=runtime))
+    with pytest.raises(
+        SessionError, match=r"made no runtime: .* nullptr. See `gemma-deploy doctor`"
+    ):
+        create_runtime(library, dataclasses.replace(engine, manifest=manifest))
 
 
 def test_another_version_of_the_plugin_is_refused(text_engine: Any) -> None:
