@@ -5,12 +5,9 @@ https://docs.nvidia.com/cuda/cuda-driver-api. Nothing here has run on hardware y
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from gemma_deploy.errors import BackendUnavailableError, SessionError
-
-ALIGNMENT_BYTES: Final = 256
-"""What the driver aligns memory to, and what TensorRT expects of an address."""
 
 
 class CudaDevice:

@@ -19,6 +19,7 @@ from gemma_deploy.exporters.engine.targets import target_constants
 from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import GraphSpec, TensorSpec
 from gemma_deploy.tensorrt import TensorRTLibrary
+from gemma_deploy.tensorrt.tensors import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from gemma_deploy.exporters.engine.prepared_graph import PreparedGraph
@@ -33,12 +34,6 @@ _FEATURES: Final = (
     ("Builder", "build_serialized_network_to_stream"),
     ("INetworkDefinition", "add_kv_cache_update"),
 )
-_TENSORRT_DTYPES: Final = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int64": "INT64",
-}
 
 
 def check_features(library: TensorRTLibrary) -> None:
@@ -160,7 +155,7 @@ def _check_interface(module: Any, network: Any, spec: GraphSpec) -> None:
 
 
 def _check_tensor(module: Any, tensor: Any, expected: TensorSpec) -> None:
-    dtype = getattr(module.DataType, _TENSORRT_DTYPES[expected.dtype])
+    dtype = getattr(module.DataType, DTYPE_NAMES[expected.dtype])
     shape = tuple(tensor.shape)
     fits = len(shape) == len(expected.dims) and all(
         size in (-1, dim) if isinstance(dim, int) else size == -1

@@ -1,12 +1,15 @@
 """What an engine is to be: `BuildOptions`, checked against the model it is built from."""
 
+import math
 from dataclasses import dataclass
 from typing import Final, get_args
 
 from gemma_deploy.bundle import Manifest
 from gemma_deploy.engine import Attention, EngineLimits, Layout
 from gemma_deploy.errors import RequestError
+from gemma_deploy.graph_spec import DTYPE_BYTES
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
+from gemma_deploy.tensorrt.tensors import ALIGNMENT_BYTES
 
 DEFAULT_MAX_SEQ_LEN: Final = 4096
 DEFAULT_MAX_STEP_TOKENS: Final = 512
@@ -69,6 +72,7 @@ class BuildOptions:
         max_seq_len = min(most, DEFAULT_MAX_SEQ_LEN)
         if self.max_seq_len is not None:
             max_seq_len = _within("max_seq_len", self.max_seq_len, most, "tokens the model reads")
+        _check_rows(manifest, self.max_batch_size, max_seq_len)
         step_tokens = min(max_seq_len, DEFAULT_MAX_STEP_TOKENS)
         if self.max_step_tokens is not None:
             step_tokens = _within(
@@ -106,3 +110,20 @@ def _within(name: str, value: int, most: int, what: str) -> int:
             f"{name} is {value}; expected a whole number from 1 to {most}, the {what}"
         )
     return value
+
+
+def _check_rows(manifest: Manifest, max_batch_size: int, max_seq_len: int) -> None:
+    """Refuse caches whose rows begin where TensorRT cannot read one by itself, as prefill does.
+
+    Raises:
+        RequestError: With the lengths that can be.
+    """
+    config, cache = manifest.config, manifest.precision.of_lowering("tensorrt").cache
+    token_bytes = config.num_key_value_heads * config.head_dim * DTYPE_BYTES[cache]
+    multiple = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, token_bytes)
+    if max_batch_size > 1 and max_seq_len % multiple:
+        raise RequestError(
+            f"max_seq_len is {max_seq_len}; with max_batch {max_batch_size} it must be a multiple of "
+            f"{multiple}, so that every row of the KV cache begins at a multiple of {ALIGNMENT_BYTES} "
+            "bytes"
+        )

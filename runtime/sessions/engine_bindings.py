@@ -9,7 +9,7 @@ from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS
 from gemma_deploy.errors import EngineError, SessionError
 from gemma_deploy.graph_spec import LOGITS, GraphSpec, TensorSpec
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
-from gemma_deploy.runtime.cuda_device import ALIGNMENT_BYTES
+from gemma_deploy.tensorrt.tensors import ALIGNMENT_BYTES, DTYPE_NAMES
 
 PICKED: Final = (TOP_LOGITS, TOP_INDICES, LOGITS_SUM)
 """The outputs that cross to the host at every step."""
@@ -69,14 +69,6 @@ class Binding:
     shape: Shape | None
 
 
-TENSORRT_DTYPES: Final[Mapping[str, str]] = {
-    "int64": "INT64",
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-}
-
-
 def check_tensors(spec: GraphSpec, tensors: Iterable[EngineTensor], remedy: str) -> None:
     """Refuse an engine whose tensors are not those that will be bound.
 
@@ -101,7 +93,7 @@ def check_tensors(spec: GraphSpec, tensors: Iterable[EngineTensor], remedy: str)
         wanted = EngineTensor(
             name=name,
             is_input=is_input,
-            dtype=TENSORRT_DTYPES[tensor.dtype],
+            dtype=DTYPE_NAMES[tensor.dtype],
             shape=tuple(dim if isinstance(dim, int) else -1 for dim in tensor.dims),
         )
         if not _agree(found[name], wanted):

@@ -10,9 +10,9 @@ from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.graph_spec import Precision
 
 
-def _manifest(max_seq_len: int, vocab_size: int = 5000) -> Manifest:
+def _manifest(max_seq_len: int, **model: Any) -> Manifest:
     return Manifest(
-        config=GemmaConfig(vocab_size=vocab_size, max_position_embeddings=max_seq_len),
+        config=GemmaConfig(**{"vocab_size": 5000, "max_position_embeddings": max_seq_len} | model),
         precision=Precision.of("float16"),
         graphs={},
         weights="weights.safetensors",
@@ -72,3 +72,12 @@ def test_another_library_is_refused() -> None:
         RequestError, match=r"backend is 'onnxruntime'; expected tensorrt, tensorrt"
     ):
         BuildOptions(flavour="onnxruntime")  # type: ignore[arg-type]  # on purpose
+
+
+def test_rows_of_a_batch_begin_where_tensorrt_reads_them() -> None:
+    narrow = _manifest(8192, num_key_value_heads=1, head_dim=16)  # 32 bytes per token in float16
+    rows: dict[str, Any] = {"flavour": "tensorrt-rtx", "max_batch_size": 2}
+    with pytest.raises(RequestError, match="max_seq_len is 100; .* must be a multiple of 8"):
+        BuildOptions(**rows, max_seq_len=100).limits(narrow)
+    assert BuildOptions(**rows, max_seq_len=104).limits(narrow).max_seq_len == 104
+    assert BuildOptions(flavour="tensorrt-rtx", max_seq_len=100).limits(narrow).max_seq_len == 100
