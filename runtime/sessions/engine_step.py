@@ -47,8 +47,8 @@ class StepOutputs:
 class EngineStep:
     """An execution context with one optimization profile.
 
-    With `use_cuda_graph` a step of the sizes and cache of the one before is not queued call by call
-    but as one recorded graph. A context that a graph was recorded from may not be changed as long as
+    With `use_cuda_graph`, steps that repeat the sizes and cache of the one before are recorded, and then
+    queued as one graph instead of call by call. A context that a graph was recorded from may not be changed as long as
     the graph is used, so such a context serves one set of sizes.
     """
 
@@ -81,6 +81,7 @@ class EngineStep:
         self._use_cuda_graph = use_cuda_graph
         self._graph: CapturedGraph | None = None
         self._bound: object = None
+        self._is_repeated = False
         self._inputs: dict[str, Region] = {}
         self._outputs: dict[str, Region] = {}
         self._input_bytes = self._output_bytes = 0
@@ -134,7 +135,7 @@ class EngineStep:
             regions, _ = pack([logits_output(self._spec)], sizes)
             logits = self._memory.queue_logits(regions[LOGITS])
         self._memory.stream.synchronize()
-        if self._use_cuda_graph and self._graph is None:
+        if self._use_cuda_graph and self._is_repeated and self._graph is None:
             self._record()
         picked = {name: self._memory.read(region) for name, region in self._outputs.items()}
         return StepOutputs(picked=picked, logits=logits)
@@ -147,7 +148,9 @@ class EngineStep:
     def _bind(self, sizes: Sizes, cache: CacheBuffers) -> None:
         """Tell the context shapes and addresses, unless they are those of the last step."""
         wanted = (tuple(sizes.items()), tuple(tensor.address for tensor in cache.tensors))
-        if wanted == self._bound:
+        # The last token of a prompt may come alone: its step is not worth recording.
+        self._is_repeated = wanted == self._bound
+        if self._is_repeated:
             return
         self._drop_graph()
         self._bound = None  # until everything is bound

@@ -265,6 +265,16 @@ def test_a_step_is_recorded_once_for_a_batch_size_and_cache(
     assert not session.has_cuda_graph
 
 
+def test_a_step_is_recorded_when_it_repeats_the_one_before(session: TensorRTSession) -> None:
+    whole = session.new_cache(2, 64)
+    ids, index, pos = np.full((1, 1), 5), np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
+    for row in (0, 1):  # prompts whose last token comes alone
+        session.step(ids, pos, index, whole.rows(row, row + 1))
+        assert not session.has_cuda_graph
+    session.step(ids, pos + 1, index, whole.rows(1, 2))
+    assert session.has_cuda_graph
+
+
 def test_all_logits_cross_only_where_they_are_asked_for(session: TensorRTSession) -> None:
     cache = session.new_cache(1, 64)
     arguments = np.array([[2, 9, 8]]), np.zeros(1, np.int64), np.array([[2]]), cache
