@@ -62,6 +62,11 @@ class GraphSpec:
         """The `past_key_values.*` inputs, key then value of each layer."""
         return tuple(spec for spec in self.inputs if spec.name.startswith("past_key_values."))
 
+    @property
+    def cache_outputs(self) -> tuple[TensorSpec, ...]:
+        """The `present.*` outputs, in the order of `cache_inputs`."""
+        return tuple(spec for spec in self.outputs if spec.name.startswith("present."))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:

@@ -144,8 +144,7 @@ def cache_bindings(spec: GraphSpec, cache: CacheBuffers) -> list[Binding]:
         SessionError: Rows that do not begin where TensorRT can read them.
     """
     bindings = []
-    presents = [tensor.name for tensor in spec.outputs if tensor.name.startswith("present.")]
-    for tensor, present in zip(cache.tensors, presents, strict=True):
+    for tensor, present in zip(cache.tensors, spec.cache_outputs, strict=True):
         if tensor.address % ALIGNMENT_BYTES:
             raise SessionError(
                 f"the rows of {tensor.name} begin at address {tensor.address:#x}, which is no multiple "
@@ -153,7 +152,7 @@ def cache_bindings(spec: GraphSpec, cache: CacheBuffers) -> list[Binding]:
                 f"--max-seq-len that is a multiple of {ALIGNMENT_BYTES}"
             )
         bindings.append(Binding(name=tensor.name, address=tensor.address, shape=tensor.shape))
-        bindings.append(Binding(name=present, address=tensor.address, shape=None))
+        bindings.append(Binding(name=present.name, address=tensor.address, shape=None))
     return bindings
 
 
