@@ -1,6 +1,6 @@
 """Two sources of logits compared: how far a bundle is from the model it was made of."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
-from gemma_deploy.graph_spec import Precision
+from gemma_deploy.graph_spec import DType, Precision
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
+# Shares of the largest logit; see `default_tolerance`.
+_NARROWED: Mapping[DType, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_WIDENED: Mapping[DType, float] = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3}
 # Rows of logits whose probabilities are computed at a time: 16 x 262144 x 8 bytes is 34 MB.
 _BLOCK_ROWS = 16
 
@@ -180,7 +183,11 @@ def compare(
 
 
 def default_tolerance(
-    precision: Precision, checkpoint: Checkpoint, reference: Sequence[FloatArray]
+    precision: Precision,
+    checkpoint: Checkpoint,
+    reference: Sequence[FloatArray],
+    *,
+    is_widened: bool = False,
 ) -> float:
     """Return the largest difference of a logit that rounding alone explains.
 
@@ -189,19 +196,25 @@ def default_tolerance(
 
     * 1e-4: the weights are as they were and the graph computes in float32. Only the order of
       float32 sums differs, some hundred roundings of 6e-8 deep.
-    * 1e-2: the graph computes in float16, whose roundings are of 5e-4.
-    * 5e-2: the weights were narrowed to bfloat16, or the graph computes in it: roundings of 4e-3.
+    * 1e-2: the graph computes in float16, whose roundings are of 5e-4, or the weights were narrowed
+      to it.
+    * 5e-2: the same with bfloat16: roundings of 4e-3.
+    * 1e-3 (float16) or 5e-3 (bfloat16): a graph that is widened, on weights as they were: two of
+      these roundings, of the embedding's factor.
 
     Args:
         precision: The candidate's.
         checkpoint: What it was made of.
         reference: Logits of the checkpoint.
+        is_widened: Whether the graph is made to compute in 16 bits, and was computed in float32.
     """
     stored = {DTYPE_NAMES[tensor.dtype] for tensor in checkpoint.tensors.values()}
-    is_exact = precision.activations == "float32" and (
-        precision.weights == "float32" or stored == {precision.weights}
-    )
-    share = 1e-2 if precision.activations == "float16" else 1e-4 if is_exact else 5e-2
+    are_weights_exact = precision.weights == "float32" or stored == {precision.weights}
+    if precision.activations == "float32" or is_widened:
+        exact, inexact = _WIDENED[precision.activations], _NARROWED[precision.weights]
+        share = exact if are_weights_exact else inexact
+    else:
+        share = _NARROWED[precision.activations]
     return share * max(float(np.abs(logits).max()) for logits in reference)
 
 

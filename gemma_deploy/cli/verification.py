@@ -152,7 +152,10 @@ class Verification:
             return
         precision = bundle.manifest.precision_of(self.graphs.lowering)
         tolerance = self.tolerance or default_tolerance(
-            precision, Checkpoint.open(self.checkpoint), reference
+            precision,
+            Checkpoint.open(self.checkpoint),
+            reference,
+            is_widened=self.graphs.is_widened,
         )
         walks: list[tuple[str, Walk, slice]] = [
             *((name, walk, slice(0, 1)) for name, walk in TEXT_WALKS.items()),

@@ -38,6 +38,11 @@ class GraphChoice:
     device: str
     threads: int | None
 
+    @property
+    def is_widened(self) -> bool:
+        """Whether graphs made for 16 bits are computed in float32."""
+        return self.lowering == "tensorrt"
+
     def load(self, bundle: Bundle) -> "OnnxRuntimeSession":
         """Load both graphs.
 

@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,25 @@ class TestDefaultTolerance:
         precision = Precision.of("bfloat16").of_lowering("tensorrt")
 
         assert default_tolerance(precision, checkpoint, [np.array([[1.0, -30.0]])]) == 1.5
+
+    @pytest.mark.parametrize(
+        ("stored", "bundle", "share"),
+        [
+            ("float16", "float16", 1e-3),
+            ("bfloat16", "bfloat16", 5e-3),
+            ("float32", "float16", 1e-2),
+            ("float32", "bfloat16", 5e-2),
+        ],
+    )
+    def test_a_widened_graph(
+        self, tiny_checkpoint: Callable[..., Path], stored: str, bundle: Any, share: float
+    ) -> None:
+        checkpoint = Checkpoint.open(tiny_checkpoint("gemma1", stored))
+        precision = Precision.of(bundle).of_lowering("tensorrt")
+        reference = [np.array([[1.0, -30.0]])]
+
+        found = default_tolerance(precision, checkpoint, reference, is_widened=True)
+        assert found == share * 30
 
 
 def pair(*, positions: int, vocab: int, noise: float) -> tuple[FloatArray, FloatArray]:
