@@ -311,16 +311,27 @@ def engines_of_flavour(bundle: Bundle, flavour: Flavour) -> list[EngineFolder]:
 
     Raises:
         EngineError: There is none, with the command that builds one; or none that can be opened.
+        BundleError: There is none, and the bundle has no graphs to build one from.
     """
     opened, damaged = engines_of(bundle)
     engines = [one for one in opened if one.manifest.build.flavour == flavour]
     if not engines:
         said = "".join(f" {name} cannot be opened: {err}." for name, err in damaged.items())
+        bundle.manifest.precision_of("tensorrt")  # a bundle of which none can be built says so
         raise EngineError(
             f"{bundle.folder} has no {flavour} engine: `gemma-deploy build "
             f"{shlex.quote(str(bundle.folder))} --backend {flavour}` builds one.{said}"
         )
     return engines
+
+
+def describe_build(build: EngineBuild) -> str:
+    """Return in a line what tells engines apart that have the library and the targets in common."""
+    limits = build.limits
+    return (
+        f"batches of {limits.max_batch_size}, {limits.max_seq_len:,} tokens, {build.layout}, attention "
+        f"{build.attention}"
+    )
 
 
 def build_command(bundle: Path, build: EngineBuild, *, force: bool = False) -> str:

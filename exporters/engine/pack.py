@@ -9,7 +9,13 @@ from typing import Final
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint_files import is_licence
-from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of_flavour
+from gemma_deploy.engine import (
+    ENGINE_FILE,
+    EngineFolder,
+    describe_build,
+    engines_of,
+    engines_of_flavour,
+)
 from gemma_deploy.engine_fit import rebuild_advice, why_not_of
 from gemma_deploy.errors import EngineError, ExportError, RequestError
 from gemma_deploy.file_records import FileRecord
@@ -76,16 +82,23 @@ def choose_engine(bundle: Bundle, flavour: Flavour, key: str | None) -> EngineFo
 
     Raises:
         RequestError: There are several of the flavour and no key, or none of that key.
-        EngineError: There is none of the flavour, or it was built from other graphs or weights.
+        EngineError: There is none of the flavour, it is damaged, or it was built from other graphs or
+            weights.
     """
+    damaged = engines_of(bundle)[1]
+    if key in damaged:
+        raise damaged[key]
     found = engines_of_flavour(bundle, flavour)
-    keys = ", ".join(x.folder.name for x in found)
+    listed = "".join(f"\n  {x.folder.name}: {describe_build(x.manifest.build)}" for x in found)
+    listed += "".join(f"\n  {name}: damaged" for name in damaged)
     if key is not None:
         found = [x for x in found if x.folder.name == key]
         if not found:
-            raise RequestError(f"{bundle.folder} has no {flavour} engine {key!r}; it has {keys}")
-    if len(found) > 1:
-        raise RequestError(f"{bundle.folder} has several {flavour} engines; choose one: {keys}")
+            raise RequestError(f"{bundle.folder} has no {flavour} engine {key!r}; it has{listed}")
+    elif len(found) + len(damaged) > 1:
+        raise RequestError(
+            f"{bundle.folder} has several engines; choose one with --engine:{listed}"
+        )
     _check_belongs(bundle, found[0])
     return found[0]
 

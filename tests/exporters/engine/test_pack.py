@@ -121,13 +121,28 @@ def test_of_several_engines_one_is_named(
     second = _add_engine(bundle, dataclasses.replace(build, targets=("12.0",)))
     with pytest.raises(RequestError) as caught:
         pack_engine(bundle, "tensorrt-rtx", tmp_path / "out")
-    assert first.folder.name in str(caught.value)
-    assert second.folder.name in str(caught.value)
+    for engine in (first, second):
+        assert f"{engine.folder.name}: batches of " in str(caught.value)
     key = second.folder.name
     packed = pack_engine(bundle, "tensorrt-rtx", tmp_path / "out", key=key)
     assert packed.manifest.build.targets == ("12.0",)
-    with pytest.raises(RequestError, match="no tensorrt-rtx engine 'x'; it has tensorrt-rtx-"):
+    with pytest.raises(RequestError, match=r"no tensorrt-rtx engine 'x'; it has\s+tensorrt-rtx-"):
         pack_engine(bundle, "tensorrt-rtx", tmp_path / "other", key="x")
+
+
+def test_a_damaged_engine_is_not_passed_over(
+    bundle: Bundle, build: EngineBuild, tmp_path: Path
+) -> None:
+    _add_engine(bundle, build)
+    damaged = _add_engine(bundle, dataclasses.replace(build, targets=("12.0",))).folder
+    (damaged / ENGINE_FILE).write_text("{}")
+    with pytest.raises(
+        RequestError, match=rf"choose one with --engine:(.|\n)*  {damaged.name}: damaged"
+    ):
+        pack_engine(bundle, "tensorrt-rtx", tmp_path / "out")
+    with pytest.raises(EngineError, match=r"engine\.json is damaged"):
+        pack_engine(bundle, "tensorrt-rtx", tmp_path / "out", key=damaged.name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_engine_of_an_earlier_export_is_refused(
