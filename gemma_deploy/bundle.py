@@ -219,8 +219,12 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist; expected the folder of a bundle")
     if not path.is_file():
         hint = ""
+        if (folder / "engine.json").is_file():
+            hint = "; it is an engine: give the bundle that it was built from"
         if (folder / "config.json").is_file():
             hint = "; this looks like a checkpoint: run `gemma-deploy export` on it first"
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}{hint}")

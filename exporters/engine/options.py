@@ -85,7 +85,7 @@ class BuildOptions:
                 "top_logits",
                 self.num_candidates,
                 vocabulary,
-                "of the vocabulary that TensorRT sorts",
+                "tokens of the vocabulary that TensorRT sorts",
             )
         return EngineLimits(
             max_batch_size=_within(

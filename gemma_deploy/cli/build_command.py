@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+from gemma_deploy.cuda_driver import cuda_device_count
 
 if TYPE_CHECKING:
     from gemma_deploy.engine import Attention, EngineFolder, Layout
@@ -156,4 +157,8 @@ def _report(bundle: Path, engine: "EngineFolder", *, is_new: bool, as_json: bool
     targets = ", ".join(build.targets)
     click.echo(f"{engine.folder}  {format_bytes(size_bytes)}, for compute capability {targets}")
     path = shlex.quote(str(bundle))
-    click.echo(f'Next: gemma-deploy generate {path} --backend {build.flavour} "Once upon a time"')
+    if cuda_device_count():
+        then = f'generate {path} --backend {build.flavour} "Once upon a time"'
+    else:
+        then = f"pack {path} --backend {build.flavour} --output ENGINE, for a machine with a GPU"
+    click.echo(f"Next: gemma-deploy {then}")

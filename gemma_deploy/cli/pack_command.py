@@ -74,4 +74,4 @@ def command(
     targets = ", ".join(engine.manifest.build.targets)
     click.echo(f"{engine.folder}  {format_bytes(size_bytes)}, for compute capability {targets}")
     path = shlex.quote(str(engine.folder))
-    click.echo(f'Next: gemma-deploy generate {path} --backend {backend} "Once upon a time"')
+    click.echo(f'Next, on the device: gemma-deploy generate {path} "Once upon a time"')

@@ -9,9 +9,9 @@ import numpy as np
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.cuda_driver import Gpu
-from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS, EngineFolder
+from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS, EngineBuild, EngineFolder
 from gemma_deploy.engine_fit import rebuild_advice, why_not_on, why_not_with
-from gemma_deploy.errors import EngineError, RequestError, SessionError
+from gemma_deploy.errors import BackendUnavailableError, EngineError, RequestError, SessionError
 from gemma_deploy.graph_spec import (
     DTYPE_BYTES,
     INPUT_IDS,
@@ -31,7 +31,7 @@ from gemma_deploy.runtime.sessions.session import (
     SessionLimits,
     StepLogits,
 )
-from gemma_deploy.tensorrt import load_library
+from gemma_deploy.tensorrt import TensorRTLibrary, load_library
 from gemma_deploy.tensorrt.gpu import require_gpu
 
 
@@ -76,7 +76,7 @@ class TensorRTSession:
                 "TensorRT engines run on NVIDIA GPUs; device is cpu: use cuda or auto"
             )
         manifest = engine.manifest
-        library = load_library(manifest.build.flavour)
+        library = _library_of(manifest.build)
         _refuse(engine, why_not_with(manifest.build, library.version))
         gpu = require_gpu(manifest.build.flavour, device.index)
         _refuse(engine, why_not_on(manifest.build, gpu), gpu)
@@ -193,6 +193,17 @@ class TensorRTSession:
         if self._engine.is_closed:
             raise SessionError("the session is closed: load the model again")
         return self._engine
+
+
+def _library_of(build: EngineBuild) -> TensorRTLibrary:
+    """Load an engine's library; where it is missing, name the version the engine needs."""
+    try:
+        return load_library(build.flavour)
+    except BackendUnavailableError as err:
+        raise BackendUnavailableError(
+            f"{err}. To run this engine and no more: "
+            f"pip install {build.flavour}=={build.library_version} cuda-bindings"
+        ) from err
 
 
 def _refuse(engine: EngineFolder, reason: str | None, gpu: Gpu | None = None) -> None:

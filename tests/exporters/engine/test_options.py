@@ -77,7 +77,7 @@ def test_another_library_is_refused() -> None:
 def test_rows_of_a_batch_begin_where_tensorrt_reads_them() -> None:
     narrow = _manifest(8192, num_key_value_heads=1, head_dim=16)  # 32 bytes per token in float16
     rows: dict[str, Any] = {"flavour": "tensorrt-rtx", "max_batch_size": 2}
-    with pytest.raises(RequestError, match="max_seq_len is 100; .* must be a multiple of 8"):
+    with pytest.raises(RequestError, match=r"max_seq_len is 100; .* must be a multiple of 8"):
         BuildOptions(**rows, max_seq_len=100).limits(narrow)
     assert BuildOptions(**rows, max_seq_len=104).limits(narrow).max_seq_len == 104
     assert BuildOptions(flavour="tensorrt-rtx", max_seq_len=100).limits(narrow).max_seq_len == 100

@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.cuda_driver import cuda_device_count
 from gemma_deploy.engine import EngineFolder, build_command
 from gemma_deploy.exporters.engine import BuildOptions
 
@@ -35,9 +36,11 @@ def test_build_then_find_then_pack(
     (folder,) = (half_bundle / "engines").iterdir()
     assert first.startswith(f"{folder}  ")
     assert first.endswith("MiB, for compute capability 8.9")
-    assert second == (
-        f"Next: gemma-deploy generate '{half_bundle}' --backend tensorrt-rtx \"Once upon a time\""
-    )
+    then = {
+        False: f"pack '{half_bundle}' --backend tensorrt-rtx --output ENGINE, for a machine with a GPU",
+        True: f"generate '{half_bundle}' --backend tensorrt-rtx \"Once upon a time\"",
+    }
+    assert second == f"Next: gemma-deploy {then[cuda_device_count() > 0]}"
     stages = built.stderr.splitlines()
     assert stages[:3] == [
         "preparing the graph ...",
@@ -71,7 +74,7 @@ def test_build_then_find_then_pack(
     text = invoke(
         "pack", half_bundle, "--backend", "tensorrt-rtx", "-o", tmp_path / "out", "--force"
     )
-    assert f"Next: gemma-deploy generate {tmp_path / 'out'} --backend tensorrt-rtx" in text.stdout
+    assert f"Next, on the device: gemma-deploy generate {tmp_path / 'out'} " in text.stdout
 
 
 def test_every_option_reaches_the_builder(
