@@ -30,6 +30,12 @@ def capabilities(machine: Machine) -> list[Capability]:
     return [judge(machine) for judge in judges] + tensorrt_capabilities(machine)
 
 
+def is_useful(machine: Machine) -> bool:
+    """Return whether models run on a machine, or engines can be built there; what is unknown counts."""
+    found = [_onnxruntime_cpu(machine), *tensorrt_capabilities(machine)]
+    return any(capability.is_available is not False for capability in found)
+
+
 def warnings(machine: Machine) -> list[str]:
     """Return what works by luck, or will not work as it seems to."""
     found = []
@@ -50,7 +56,8 @@ def warnings(machine: Machine) -> list[str]:
 
 
 def _export(machine: Machine) -> Capability:
-    missing = [name for name in ("torch", "onnx", "onnxscript") if name not in machine.packages]
+    needed = ("torch", "onnx", "onnx-ir", "onnxscript")
+    missing = [name for name in needed if name not in machine.packages]
     if missing:
         return Capability(
             name="export",

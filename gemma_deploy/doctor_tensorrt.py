@@ -21,6 +21,9 @@ from gemma_deploy.tensorrt.gpu import why_no_gpu
 # The GPUs that TensorRT for RTX 1.5 to 1.7 have a name for; what it does on others is not documented.
 _RTX_TARGETS: Final = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
+# What changes the graphs before the library reads them; devices that only run engines do without.
+_GRAPH_PACKAGES: Final = ("onnx", "onnx-ir")
+
 
 def tensorrt_capabilities(machine: Machine) -> list[Capability]:
     """Judge for each flavour whether engines can be built, and whether they run."""
@@ -64,6 +67,14 @@ def _building(machine: Machine, flavour: Flavour) -> Capability:
         reason = _gpu_problem(machine, flavour)
         if reason is not None:
             return Capability(name=name, is_available=False, detail=reason)
+    missing = [package for package in _GRAPH_PACKAGES if package not in machine.packages]
+    if missing:
+        return Capability(
+            name=name,
+            is_available=False,
+            detail=f"{', '.join(missing)} not installed",
+            remedy=f"pip install {' '.join(missing)}",
+        )
     detail = f"{flavour} {machine.packages[flavour]}"
     if "triton" not in machine.packages:
         return Capability(

@@ -27,6 +27,7 @@ PACKAGES: Final = (
     "gemma-deploy",
     "torch",
     "onnx",
+    "onnx-ir",
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",

@@ -38,9 +38,13 @@ def command(*, folder: Path | None, as_json: bool) -> None:
     "???" marks what only a GPU and its driver could tell.
 
     An execution provider counts only if a session really gets it here: what onnxruntime was
-    compiled with says nothing about this machine. Exits with 1 if bundles cannot run at all.
+    compiled with says nothing about this machine.
+
+    The exit code is 0 if models run here, with ONNX Runtime or as TensorRT engines, or if engines can
+    be built here; with a FOLDER that has engines, if one of them would load. Else it is 1. "???"
+    counts as yes.
     """
-    from gemma_deploy.doctor import CPU_PROVIDER, capabilities, warnings
+    from gemma_deploy.doctor import capabilities, is_useful, warnings
     from gemma_deploy.doctor_tensorrt import engine_verdicts
     from gemma_deploy.machine import read_machine
 
@@ -60,7 +64,8 @@ def command(*, folder: Path | None, as_json: bool) -> None:
             _print_verdicts(f"Whether the engines of {folder} would load", engines)
         for alert in alerts:
             click.secho(f"Warning: {alert}", fg="yellow")
-    if CPU_PROVIDER not in machine.working_providers:
+    loads = [verdict.is_available is not False for verdict in engines]
+    if not (any(loads) if loads else is_useful(machine)):
         raise click.exceptions.Exit(1)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from gemma_deploy.capability import Capability
 from gemma_deploy.cuda_driver import Gpu
-from gemma_deploy.doctor import capabilities, warnings
+from gemma_deploy.doctor import capabilities, is_useful, warnings
 from gemma_deploy.machine import Machine
 
 BARE = Machine(
@@ -15,7 +15,13 @@ BARE = Machine(
     cores=4,
     memory_bytes=16 << 30,
     free_disk_bytes=100 << 30,
-    packages={"torch": "2.9.0", "onnx": "1.19.0", "onnxscript": "0.5", "onnxruntime-gpu": "1.24.0"},
+    packages={
+        "torch": "2.9.0",
+        "onnx": "1.19.0",
+        "onnx-ir": "1.1",
+        "onnxscript": "0.5",
+        "onnxruntime-gpu": "1.24.0",
+    },
     torch_cuda="13.0",
     cuda_driver=None,
     gpus=(),
@@ -26,7 +32,36 @@ BARE = Machine(
     tensorrt_cuda={},
 )
 GPU = Gpu(name="RTX 4090", compute_capability=(8, 9), memory_bytes=24 << 30)
+UNNAMED_GPU = Gpu(name="H100", compute_capability=(9, 0), memory_bytes=80 << 30)
 WITH_GPU = dataclasses.replace(BARE, cuda_driver="13.0", gpus=(GPU,))
+
+
+NOTHING = dataclasses.replace(BARE, packages={}, working_providers=())
+RTX_DEVICE = dataclasses.replace(
+    WITH_GPU, working_providers=(), packages={"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5"}
+)
+
+
+class TestIsUseful:
+    @pytest.mark.parametrize(
+        ("machine", "expected"),
+        [
+            (BARE, True),
+            (NOTHING, False),
+            (dataclasses.replace(WITH_GPU, packages={}, working_providers=()), False),
+            (RTX_DEVICE, True),
+            (dataclasses.replace(RTX_DEVICE, gpus=(UNNAMED_GPU,)), True),
+            (dataclasses.replace(RTX_DEVICE, gpus=()), False),
+        ],
+        ids=["ONNX Runtime", "nothing", "a GPU alone", "engines", "maybe engines", "no GPU"],
+    )
+    def test_something_must_run(self, machine: Machine, expected: bool) -> None:
+        assert is_useful(machine) is expected
+
+    def test_building_engines_is_enough(self) -> None:
+        packages = {"tensorrt-rtx": "1.7.1", "onnx": "1.23", "onnx-ir": "1.1"}
+
+        assert is_useful(dataclasses.replace(NOTHING, packages=packages))
 
 
 class TestCapabilities:

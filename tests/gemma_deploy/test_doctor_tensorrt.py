@@ -19,6 +19,8 @@ PACKAGES = {
     "tensorrt": "11.4.0.106",
     "tensorrt-rtx": "1.7.1.116",
     "cuda-bindings": "13.5.0",
+    "onnx": "1.23.0",
+    "onnx-ir": "1.1.0",
     "triton": "3.9.0",
 }
 
@@ -85,13 +87,28 @@ def test_a_library_that_is_not_there(flavour: str, with_gpu: Machine) -> None:
 
 
 def test_each_helper_is_missed_where_it_is_needed(with_gpu: Machine) -> None:
-    machine = dataclasses.replace(with_gpu, packages={"tensorrt-rtx": "1.7.1.116"})
+    packages = {"tensorrt-rtx": "1.7.1.116", "onnx": "1.23.0", "onnx-ir": "1.1.0"}
+    machine = dataclasses.replace(with_gpu, packages=packages)
     building = judged(machine, "building tensorrt-rtx engines")
     assert building.is_available is True
     assert "--attention native" in building.detail
     running = judged(machine, "running tensorrt-rtx engines")
     assert running.is_available is False
     assert running.remedy == 'pip install "cuda-bindings>=12.8"'
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("missing", [["onnx"], ["onnx-ir"], ["onnx", "onnx-ir"]])
+def test_building_needs_what_changes_graphs(
+    missing: list[str], flavour: str, with_gpu: Machine
+) -> None:
+    packages = {name: version for name, version in PACKAGES.items() if name not in missing}
+    machine = dataclasses.replace(with_gpu, packages=packages)
+    building = judged(machine, f"building {flavour} engines")
+    assert building.is_available is False
+    assert building.detail == f"{', '.join(missing)} not installed"
+    assert building.remedy == f"pip install {' '.join(missing)}"
+    assert judged(machine, f"running {flavour} engines").is_available is True
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fixtures: the program run in this process, and in one of its own."""
+"""Fixtures: the program run in this process, and in one of its own; an engine that is none."""
 
 import os
 import subprocess
@@ -11,6 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gemma_deploy.cli.main import cli
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.engine import ENGINE_FILE, EngineBuild, EngineLimits, EngineManifest, Plan
+from gemma_deploy.file_records import record_file
 
 
 @pytest.fixture
@@ -40,3 +43,47 @@ def start(tmp_path: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
         )
 
     return run
+
+
+@pytest.fixture
+def write_engine() -> Callable[[Path], Path]:
+    """Return `write_engine(folder)`: writes an engine whose plan is no plan, for reading about it."""
+
+    def write(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "engine.plan").write_bytes(b"plan" * 512)
+        build = EngineBuild(
+            flavour="tensorrt-rtx",
+            library_version="1.7.1",
+            targets=("8.0", "8.9"),
+            layout="one-engine",
+            attention="auto",
+            plugin_version="1",
+            limits=EngineLimits(
+                max_batch_size=2,
+                max_seq_len=100,
+                max_step_tokens=30,
+                max_logits=3,
+                num_candidates=7,
+            ),
+            graphs={"prefill": "a", "decode": "b"},
+            weights="c",
+        )
+        manifest = EngineManifest(
+            model=GemmaConfig(num_hidden_layers=2, vocab_size=50),
+            cache_dtype="bfloat16",
+            build=build,
+            plans={
+                "prefill": Plan(path="engine.plan", profile=0),
+                "decode": Plan(path="engine.plan", profile=1),
+            },
+            tokenizer=(),
+            generation=None,
+            model_max_seq_len=8192,
+            files={"engine.plan": record_file(folder / "engine.plan")},
+            versions={"python": "3.11"},
+        )
+        (folder / ENGINE_FILE).write_text(manifest.to_json())
+        return folder
+
+    return write

@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -17,7 +19,13 @@ SOUND = Machine(
     cores=4,
     memory_bytes=16 << 30,
     free_disk_bytes=100 << 30,
-    packages={"torch": "2.9.0", "onnx": "1.19.0", "onnxscript": "0.5", "onnxruntime-gpu": "1.24.0"},
+    packages={
+        "torch": "2.9.0",
+        "onnx": "1.19.0",
+        "onnx-ir": "1.1",
+        "onnxscript": "0.5",
+        "onnxruntime-gpu": "1.24.0",
+    },
     torch_cuda=None,
     cuda_driver=None,
     gpus=(),
@@ -26,6 +34,15 @@ SOUND = Machine(
     onnxruntime_error=None,
     tensorrt_errors={},
     tensorrt_cuda={},
+)
+
+GPU = Gpu(name="RTX 4090", compute_capability=(8, 9), memory_bytes=24 << 30)
+DEVICE = dataclasses.replace(
+    SOUND,
+    working_providers=(),
+    gpus=(GPU,),
+    cuda_driver="13.0",
+    packages={"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5"},
 )
 
 
@@ -96,6 +113,70 @@ class TestDoctor:
 
         assert f"the engines of {folder} would load\n  none" in invoke("doctor", folder).stdout
         assert json.loads(invoke("doctor", folder, "--json").stdout)["engines"] == []
+
+    def test_without_onnxruntime_engines_are_enough(
+        self, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pretend(monkeypatch, DEVICE)
+
+        assert invoke("doctor").exit_code == 0
+
+    @pytest.mark.parametrize(
+        ("change", "mark", "expected"),
+        [
+            ({}, "yes", 0),
+            ({"gpus": (), "cuda_driver": None}, "???", 0),
+            ({"packages": {**SOUND.packages, "tensorrt-rtx": "1.6"}}, "no ", 1),
+            ({"gpus": (dataclasses.replace(GPU, compute_capability=(12, 0)),)}, "no ", 1),
+        ],
+        ids=["it loads", "no GPU to ask", "another version", "another GPU"],
+    )
+    def test_an_engine_decides_over_what_else_runs(
+        self,
+        change: dict[str, Any],
+        mark: str,
+        expected: int,
+        invoke: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        write_engine: Callable[[Path], Path],
+        tmp_path: Path,
+    ) -> None:
+        runs_bundles = dataclasses.replace(DEVICE, working_providers=("CPUExecutionProvider",))
+        pretend(monkeypatch, dataclasses.replace(runs_bundles, **change))
+
+        result = invoke("doctor", write_engine(tmp_path / "packed"))
+
+        assert f"{mark}  engine packed: " in result.stdout
+        assert result.exit_code == expected
+
+    def test_one_engine_of_a_bundle_is_enough(
+        self,
+        invoke: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_bundle: Callable[..., Path],
+        write_engine: Callable[[Path], Path],
+        tmp_path: Path,
+    ) -> None:
+        pretend(monkeypatch, DEVICE)
+        bundle = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle("gemma1", "float16"), bundle)
+        write_engine(bundle / "engines" / "of-other-graphs")
+
+        assert invoke("doctor", bundle).exit_code == 1
+
+        fitting = write_engine(bundle / "engines" / "fitting") / "engine.json"
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        hashes = {name: record["sha256"] for name, record in manifest["files"].items()}
+        engine = json.loads(fitting.read_text())
+        engine["build"]["weights"] = hashes["weights.safetensors"]
+        for phase in ("prefill", "decode"):
+            engine["build"]["graphs"][phase] = hashes[f"{phase}.tensorrt.onnx"]
+        fitting.write_text(json.dumps(engine))
+        result = invoke("doctor", bundle)
+
+        assert "yes  engine fitting" in result.stdout
+        assert "no   engine of-other-graphs" in result.stdout
+        assert result.exit_code == 0
 
     def test_this_machine(self, invoke: Callable[..., Result]) -> None:
         result = invoke("doctor", "--json")
