@@ -62,7 +62,11 @@ A folder of that name wins over the hub.
     "portable: standard ONNX operators only. onnxruntime is always written. [default: onnxruntime "
     "and, in a bundle of 16 bits, tensorrt]",
 )
-@click.option("--force", is_flag=True, help="Replace the bundle at BUNDLE if there is one.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace the bundle at BUNDLE if there is one, its engines too.",
+)
 @click.option(
     "--revision",
     metavar="REVISION",
@@ -92,6 +96,7 @@ def command(
     wanted = _dtype({"float32": fp32, "float16": fp16, "bfloat16": bf16}, dtype)
     from gemma_deploy import api
     from gemma_deploy.bundle import MANIFEST_FILE
+    from gemma_deploy.engine import ENGINES_FOLDER
     from gemma_deploy.errors import RequestError
     from gemma_deploy.hub import resolve_checkpoint
     from gemma_deploy.staging import check_replaceable
@@ -103,6 +108,7 @@ def command(
         )
     # Before a download that may take an hour.
     check_replaceable(output.absolute(), force=force, replaceable=MANIFEST_FILE)
+    num_engines = len(list((output / ENGINES_FOLDER).glob("[!.]*/")))
     started = time.perf_counter()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -117,6 +123,8 @@ def command(
             on_progress=on_progress,
         )
     notice(f"Exported in {time.perf_counter() - started:.1f} s.")
+    if num_engines:
+        notice(f"The {num_engines} engine(s) of the old bundle went with it; build them again.")
     _report(bundle, as_json=as_json)
 
 

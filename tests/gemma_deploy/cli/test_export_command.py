@@ -58,6 +58,23 @@ class TestExport:
         assert first.endswith("weights in float32")
         assert result.stderr.startswith("writing weights ...\ntracing ...\nExported in ")
 
+    def test_engines_that_go_with_the_old_bundle_are_counted(
+        self,
+        invoke: Callable[..., Result],
+        bundle_checkpoint: Path,
+        bundle: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("gemma_deploy.api.export", recorder({}, bundle))
+        old = Path(shutil.copytree(bundle, tmp_path / "old"))
+        for name in ("one", "two", ".three.partial-1-ab"):
+            (old / "engines" / name).mkdir(parents=True)
+
+        result = invoke("export", bundle_checkpoint, "--output", old, "--force")
+
+        assert "The 2 engine(s) of the old bundle went with it; build them again." in result.stderr
+
     def test_graphs_are_asked_for_by_name(
         self,
         invoke: Callable[..., Result],
