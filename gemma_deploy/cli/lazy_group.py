@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +14,9 @@ from gemma_deploy.errors import GemmaDeployError
 
 # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED_EXIT_CODE: Final = 130
+
+# The verbs of the machine where engines are made; a device that only runs them has fewer packages.
+_MAKING_VERBS: Final = ("export", "build", "verify")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +51,31 @@ def explain_os_error(err: OSError) -> str:
     )
 
 
+def missing_package(err: ModuleNotFoundError) -> str | None:
+    """Return the package whose absence an import failed for; None if it failed for another reason.
+
+    A module that is missing from this program, from Python itself or from a package that is there is
+    a bug or a broken installation, and the traceback tells where.
+    """
+    package = (err.name or "").partition(".")[0]
+    if package in ("", "gemma_deploy") or package in sys.stdlib_module_names:
+        return None
+    return package if importlib.util.find_spec(package) is None else None
+
+
+def explain_missing_package(package: str, verb: str | None) -> str:
+    """Return that a verb needs a package, and how to install it."""
+    text = f"this needs the Python package {package}, which is not installed: pip install {package}"
+    if verb in _MAKING_VERBS:
+        text += f"; `pip install gemma-deploy` installs all that {verb} needs"
+    return text
+
+
 class LazyGroup(click.Group):
     """A group of verbs in a table of names, imported when asked for.
 
-    It is also where errors raised on purpose, and the operating system's, turn into messages:
-    everything below it runs inside `invoke`, whether a process or a test runner started it.
+    It is also where errors raised on purpose, the operating system's and packages that are not
+    installed turn into messages: everything below it runs inside `invoke`, whether a process or a test runner started it.
     """
 
     def __init__(self, *args: Any, lazy_commands: Mapping[str, LazyCommand], **kwargs: Any) -> None:
@@ -92,6 +117,12 @@ class LazyGroup(click.Group):
             if ctx.params.get("debug"):
                 raise
             raise CommandError(str(err), err.exit_code) from err
+        except ModuleNotFoundError as err:
+            package = missing_package(err)
+            if package is None or ctx.params.get("debug"):
+                raise
+            text = explain_missing_package(package, ctx.invoked_subcommand)
+            raise CommandError(text, GemmaDeployError.exit_code) from err
         except BrokenPipeError:
             raise  # whoever read the output went away: click ends quietly
         except OSError as err:

@@ -148,6 +148,52 @@ class TestErrors:
         assert "cannot be used: File name too long; check the path" in result.stderr
 
     @pytest.mark.parametrize(
+        ("verb", "package", "advice"),
+        [
+            ("inspect", "safetensors", ""),
+            ("verify", "onnx", "; `pip install gemma-deploy` installs all that verify needs"),
+            ("export", "onnx_ir", "; `pip install gemma-deploy` installs all that export needs"),
+        ],
+    )
+    def test_a_package_that_is_not_installed(
+        self,
+        verb: str,
+        package: str,
+        advice: str,
+        bundle: Path,
+        bundle_checkpoint: Path,
+        tmp_path: Path,
+    ) -> None:
+        inputs = [bundle_checkpoint, "-o", tmp_path / "out"] if verb == "export" else [bundle]
+
+        short = run_without(package, verb, *inputs)
+        long = run_without(package, "--debug", verb, *inputs)
+
+        assert (short.returncode, long.returncode) == (1, 1)
+        assert short.stderr.splitlines()[-1] == (
+            f"Error: this needs the Python package {package}, which is not installed: "
+            f"pip install {package}{advice}"
+        )
+        assert "Traceback" not in short.stderr
+        assert "Traceback" in long.stderr
+        assert f"ModuleNotFoundError: import of {package}" in long.stderr
+
+    @pytest.mark.parametrize("module", ["gemma_deploy.inspection", "json", "click.gone"])
+    def test_a_module_missing_from_what_is_installed_is_a_bug(
+        self,
+        module: str,
+        invoke: Callable[..., Result],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(_: Path) -> None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+        monkeypatch.setattr("gemma_deploy.inspection.inspect_folder", fail)
+
+        assert isinstance(invoke("inspect", tmp_path).exception, ModuleNotFoundError)
+
+    @pytest.mark.parametrize(
         ("flag", "environment"), [(["--debug"], {}), ([], {"GEMMA_DEPLOY_DEBUG": "1"})]
     )
     def test_debug_shows_the_traceback(
@@ -184,6 +230,16 @@ def modules_after(arguments: list[str]) -> set[str]:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_without(package: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run the program in a process that cannot import a package."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from gemma_deploy.cli.main import main; main()"
+    )
+    line = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("arguments", ["--help", "doctor --help"])
