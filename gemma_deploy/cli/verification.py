@@ -1,48 +1,27 @@
 """The checks of `gemma-deploy verify`, one after the other until one fails."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma_deploy.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle
+from gemma_deploy.bundle import FORMAT_VERSION, Bundle
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.cli.checks import Check, check_hashes, passed
 from gemma_deploy.cli.console import Progress, format_bytes
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
 from gemma_deploy.cli.lazy_group import explain_os_error
 from gemma_deploy.cli.verification_graphs import GraphChoice, check_weights
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
-from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError, RequestError
+from gemma_deploy.errors import CheckpointError, GemmaDeployError, RequestError
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """What one check found.
-
-    Attributes:
-        name: What was checked.
-        is_ok: Whether it passed.
-        detail: What was found.
-        parity: The figures, of a comparison with the checkpoint.
-    """
-
-    name: str
-    is_ok: bool
-    detail: str
-    parity: ParityReport | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +57,21 @@ class Verification:
         name = "manifest"
         try:
             bundle = Bundle.open(self.bundle)
-            yield _passed(name, _describe(bundle))
+            yield passed(name, _describe(bundle))
             name = "hashes"
-            yield _passed(name, _check_hashes(bundle, on_progress))
+            yield passed(name, check_hashes(bundle, on_progress, "export the bundle again"))
             name = "weights"
-            yield _passed(name, check_weights(bundle))
+            yield passed(name, check_weights(bundle))
             name = "tokenizer"
-            yield _passed(name, _check_tokenizer(bundle))
+            yield passed(name, _check_tokenizer(bundle))
             name = "checkpoint"
             rows, reference = self._reference(bundle, on_progress)
             if rows:
-                yield _passed(name, describe_rows(bundle.config, rows, self.tokens))
+                yield passed(name, describe_rows(bundle.config, rows, self.tokens))
             name = "graphs"
             on_progress("loading the graphs", 0, 1)
             with self.graphs.load(bundle) as session:
-                yield _passed(name, self.graphs.describe(bundle.config, session))
+                yield passed(name, self.graphs.describe(bundle.config, session))
                 name = "parity"
                 yield from self._compare(bundle, session, rows, reference, on_progress)
         except RequestError:
@@ -206,32 +185,10 @@ def _require_there(folder: Path, what: str) -> None:
         raise RequestError(f"{folder} does not exist; expected the folder of {what}")
 
 
-def _passed(name: str, detail: str) -> Check:
-    return Check(name=name, is_ok=True, detail=detail)
-
-
 def _describe(bundle: Bundle) -> str:
     files = bundle.manifest.files
     size = format_bytes(sum(record.size_bytes for record in files.values()))
     return f"format {FORMAT_VERSION}, {len(files)} files of {size}, all there"
-
-
-def _check_hashes(bundle: Bundle, on_progress: Progress) -> str:
-    total = sum(record.size_bytes for record in bundle.manifest.files.values())
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress("hashing", done, total)
-
-    changed = bundle.changed_files(on_bytes)
-    if changed:
-        raise BundleError(
-            f"{', '.join(changed)} changed since the export: SHA-256 is not what {MANIFEST_FILE} "
-            "says. Copy the bundle again, or export it again"
-        )
-    return f"SHA-256 of {len(bundle.manifest.files)} files as the manifest says"
 
 
 def _check_tokenizer(bundle: Bundle) -> str:

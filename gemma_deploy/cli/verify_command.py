@@ -1,14 +1,17 @@
 """`gemma-deploy verify`: is a bundle whole, and does it agree with its checkpoint."""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, progress
+from gemma_deploy.cli.console import Progress, emit_json, progress
 
 if TYPE_CHECKING:
+    from gemma_deploy.cli.checks import Check
     from gemma_deploy.engine import Attention
     from gemma_deploy.graph_spec import Lowering
 
@@ -106,12 +109,13 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Check the bundle in the folder BUNDLE.
+    """Check the bundle, or the engine, in the folder BUNDLE.
 
     The manifest and the files it names, the SHA-256 of each, where the graphs' weights lie, the
     tokenizer, and that ONNX Runtime loads the graphs of both phases. With --checkpoint both graphs also read a
     text (whole, in chunks, token by token, and as a batch of different lengths) and their logits
-    are compared with the checkpoint's.
+    are compared with the checkpoint's. Of an engine the manifest, the files' SHA-256 and the tokenizer
+    are checked.
     """
     if checkpoint is None and (tolerance is not None or text_file is not None):
         raise click.UsageError("--tolerance and --text compare logits: give --checkpoint too")
@@ -119,21 +123,36 @@ def command(
         raise click.UsageError(f"--tolerance is {tolerance}; expected a finite number above 0")
     if attention is not None and lowering != "tensorrt":
         raise click.UsageError("--attention is for TensorRT graphs: give --graph tensorrt too")
-    from gemma_deploy.cli.verification import Verification
-    from gemma_deploy.cli.verification_graphs import GraphChoice
+    from gemma_deploy.cli.checks import engine_checks
+    from gemma_deploy.engine import ENGINE_FILE
 
-    verification = Verification(
-        bundle=bundle,
-        checkpoint=checkpoint,
-        graphs=GraphChoice(
-            lowering=lowering, attention=attention or "auto", device=device, threads=threads
-        ),
-        tolerance=tolerance,
-        text=None if text_file is None else _read(text_file),
-        tokens=tokens,
-    )
+    checks: Callable[[Progress], Iterator[Check]]
+    if (bundle / ENGINE_FILE).is_file():
+        if checkpoint is not None or lowering != "onnxruntime":
+            raise click.UsageError(
+                f"{bundle} is an engine and holds no graphs: compare the bundle it was built from"
+            )
+        checks = partial(engine_checks, bundle)
+    else:
+        from gemma_deploy.cli.verification import Verification
+        from gemma_deploy.cli.verification_graphs import GraphChoice
+
+        checks = Verification(
+            bundle=bundle,
+            checkpoint=checkpoint,
+            graphs=GraphChoice(
+                lowering=lowering, attention=attention or "auto", device=device, threads=threads
+            ),
+            tolerance=tolerance,
+            text=None if text_file is None else _read(text_file),
+            tokens=tokens,
+        ).checks
     with progress() as on_progress:
-        checks = list(verification.checks(on_progress))
+        found = list(checks(on_progress))
+    _report(found, as_json=as_json)
+
+
+def _report(checks: "Sequence[Check]", *, as_json: bool) -> None:
     is_ok = all(check.is_ok for check in checks)
     if as_json:
         emit_json({"ok": is_ok, "checks": [check.to_dict() for check in checks]}, indent=1)

@@ -76,6 +76,20 @@ def test_build_then_find_then_pack(
     )
     assert f"Next, on the device: gemma-deploy generate {tmp_path / 'out'} " in text.stdout
 
+    verified = invoke("verify", tmp_path / "out")
+    assert verified.exit_code == 0, verified.output
+    assert "ok    hashes: SHA-256 of 2 files as the manifest says" in verified.stdout
+    plan = tmp_path / "out" / "engine.plan"
+    with plan.open("r+b") as file:
+        file.seek(plan.stat().st_size // 2)
+        file.write(b"damaged")
+    damaged = invoke("verify", tmp_path / "out")
+    assert damaged.exit_code == 1
+    assert "FAIL  hashes: engine.plan changed since they were made" in damaged.stdout
+    compared = invoke("verify", tmp_path / "out", "--graph", "tensorrt")
+    assert compared.exit_code == 2
+    assert "is an engine and holds no graphs" in compared.stderr
+
 
 def test_every_option_reaches_the_builder(
     invoke: Callable[..., Result], half_bundle: Path, monkeypatch: pytest.MonkeyPatch
