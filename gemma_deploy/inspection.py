@@ -1,10 +1,10 @@
-"""What a bundle or a checkpoint holds: model, files, dtypes, sizes, and the memory it needs."""
+"""What a bundle, a checkpoint or an engine holds: model, files, dtypes, sizes, memory it needs."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from gemma_deploy import memory
 from gemma_deploy.bundle import MANIFEST_FILE, Bundle, Manifest
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """The contents of a folder.
+    """The contents of a bundle or a checkpoint.
 
     Attributes:
         kind: What the folder is.
@@ -32,6 +33,8 @@ class Inspection:
         bytes_by_dtype: That size per dtype.
         files: Size in bytes of each file.
         manifest: All that a bundle says of itself; None for a checkpoint.
+        engines: Engines kept in a bundle, the latest built first.
+        damaged_engines: What is wrong with those that cannot be opened, by the name of their folder.
     """
 
     kind: Literal["bundle", "checkpoint"]
@@ -44,6 +47,8 @@ class Inspection:
     bytes_by_dtype: Mapping[DType, int]
     files: Mapping[str, int]
     manifest: Manifest | None
+    engines: tuple[EngineFolder, ...] = ()
+    damaged_engines: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def max_seq_len(self) -> int:
@@ -96,6 +101,8 @@ class Inspection:
             },
             "files": dict(self.files),
             "manifest": None if self.manifest is None else json.loads(self.manifest.to_json()),
+            "engines": [_engine_summary(engine) for engine in self.engines],
+            "damaged_engines": dict(self.damaged_engines),
         }
 
     def _bundle_bytes(self, precision: Precision) -> int:
@@ -103,7 +110,7 @@ class Inspection:
 
 
 def inspect_folder(folder: Path) -> Inspection:
-    """Read what a bundle or a checkpoint holds; no weights are read.
+    """Read what a bundle or a checkpoint holds; no weights are read (for engines: `EngineFolder.open`).
 
     Raises:
         RequestError: There is nothing at `folder`.
@@ -111,19 +118,50 @@ def inspect_folder(folder: Path) -> Inspection:
         CheckpointError: A checkpoint that is incomplete.
         ConfigError: A checkpoint of another model family.
     """
-    expected = f"expected a bundle ({MANIFEST_FILE}) or a checkpoint ({CONFIG_FILE})"
+    expected = (
+        f"expected the folder of a bundle ({MANIFEST_FILE}), an engine ({ENGINE_FILE}) or a "
+        f"checkpoint ({CONFIG_FILE})"
+    )
     if not folder.exists():
         raise RequestError(f"{folder} does not exist; {expected}")
     if (folder / MANIFEST_FILE).is_file():
         return _inspect_bundle(Bundle.open(folder))
     if (folder / CONFIG_FILE).is_file():
         return _inspect_checkpoint(Checkpoint.open(folder))
-    found = "is a folder without either" if folder.is_dir() else "is not a folder"
+    found = "holds no model" if folder.is_dir() else "is not a folder"
     raise BundleError(f"{folder} {found}; {expected}")
+
+
+def plan_sizes(engine: EngineFolder) -> dict[str, int]:
+    """Return the size in bytes of each plan of an engine; one file may serve both phases."""
+    manifest = engine.manifest
+    return {plan.path: manifest.files[plan.path].size_bytes for plan in manifest.plans.values()}
+
+
+def engine_report(engine: EngineFolder) -> dict[str, Any]:
+    """Return everything about an engine as JSON can hold it; compare `Inspection.to_dict`."""
+    files = {name: record.size_bytes for name, record in engine.manifest.files.items()}
+    return {
+        "kind": "engine",
+        "path": str(engine.folder),
+        "model": engine.manifest.model.to_dict(),
+        "plans": plan_sizes(engine),
+        "files": files | {ENGINE_FILE: (engine.folder / ENGINE_FILE).stat().st_size},
+        "manifest": json.loads(engine.manifest.to_json()),
+    }
+
+
+def _engine_summary(engine: EngineFolder) -> dict[str, Any]:
+    return {
+        "name": engine.folder.name,
+        "size_bytes": sum(plan_sizes(engine).values()),
+        "build": engine.manifest.build.to_dict(),
+    }
 
 
 def _inspect_bundle(bundle: Bundle) -> Inspection:
     tensors = _stored_tensors(bundle.weights_path)
+    engines, damaged = engines_of(bundle)
     manifest = bundle.manifest
     manifest_bytes = (bundle.folder / MANIFEST_FILE).stat().st_size
     return Inspection(
@@ -138,6 +176,8 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
         files={name: record.size_bytes for name, record in manifest.files.items()}
         | {MANIFEST_FILE: manifest_bytes},
         manifest=manifest,
+        engines=tuple(engines),
+        damaged_engines={name: str(err) for name, err in damaged.items()},
     )
 
 

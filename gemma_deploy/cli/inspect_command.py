@@ -1,4 +1,4 @@
-"""`gemma-deploy inspect`: what a bundle or checkpoint holds, and the memory it needs."""
+"""`gemma-deploy inspect`: what a bundle, checkpoint or engine holds, and the memory it needs."""
 
 import re
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
+from gemma_deploy.cli.engine_tables import emit_engine, emit_engines
 
 if TYPE_CHECKING:
     from gemma_deploy.bundle import Manifest
+    from gemma_deploy.config import GemmaConfig
     from gemma_deploy.graph_spec import TensorSpec
     from gemma_deploy.inspection import Inspection
     from gemma_deploy.memory import MemoryEstimate
@@ -21,12 +23,13 @@ _SHORT_SEQ_LEN = 1024
 
 @click.command(
     "inspect",
-    short_help="Show what a bundle or checkpoint holds and the memory it needs.",
+    short_help="Show what a bundle, checkpoint or engine holds and the memory it needs.",
     epilog="""\b
 Examples:
   gemma-deploy inspect gemma-2b
   gemma-deploy inspect gemma-2b --max-seq-len 2048 --max-seq-len 8192 --batch-size 4
   gemma-deploy inspect gemma-2b --json | jq .weights
+  gemma-deploy inspect packed-engine
 """,
 )
 @click.argument("path", type=click.Path(path_type=Path))
@@ -57,16 +60,27 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
     """Show what the bundle or checkpoint at PATH holds and the memory it needs.
 
     Of a bundle also what its manifest says: format, graphs, tokenizer, what made it, and with --json
-    the SHA-256 of each file.
+    the SHA-256 of each file; and which engines were built of it. PATH may also be an engine: then it
+    shows what it was built with and for, and the sizes it is limited to.
 
     Only headers and sizes are read, so it answers at once for a model of any size; `verify` checks
     the contents. Weights and KV cache are exact, activations are an estimate of the peak while a
     prompt is read. A GPU holds the weights as stored; a CPU computes with float32 copies of them.
     The backend's own code comes on top.
     """
+    from gemma_deploy.engine import ENGINE_FILE
+    from gemma_deploy.errors import RequestError
     from gemma_deploy.inspection import inspect_folder
     from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS
 
+    if (path / ENGINE_FILE).is_file():
+        if lengths or batch_size > 1:
+            raise RequestError(
+                f"{path} is an engine, whose sizes are fixed: --max-seq-len and --batch-size are for "
+                "bundles and checkpoints"
+            )
+        _show_engine(path, as_json=as_json)
+        return
     inspection = inspect_folder(path)
     limit = inspection.max_seq_len
     estimates = [
@@ -82,6 +96,19 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
     _print(inspection, estimates)
 
 
+def _show_engine(folder: Path, *, as_json: bool) -> None:
+    from gemma_deploy.engine import EngineFolder
+    from gemma_deploy.inspection import engine_report
+    from gemma_deploy.memory import num_parameters
+
+    engine = EngineFolder.open(folder)
+    if as_json:
+        emit_json(engine_report(engine), indent=1)
+        return
+    model = engine.manifest.model
+    emit_engine(engine, _model_facts(model, num_parameters(model)))
+
+
 def _print(inspection: "Inspection", estimates: list["MemoryEstimate"]) -> None:
     emit_table(_facts(inspection), title=f"{inspection.kind.capitalize()} {inspection.folder}")
     groups = [(name, format_bytes(size)) for name, size in inspection.bytes_by_group.items()]
@@ -91,33 +118,38 @@ def _print(inspection: "Inspection", estimates: list["MemoryEstimate"]) -> None:
     )
     if inspection.manifest is not None:
         emit_table(_graphs(inspection.manifest), title="Graphs")
+    emit_engines(inspection.engines, inspection.damaged_engines)
     first = estimates[0]
     rows = [(f"{e.max_seq_len} tokens", _memory(e)) for e in estimates]
     emit_table(rows, title=f"Memory for {_plural(first.batch_size, 'prompt')} at a time of")
 
 
 def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
-    config, precision = inspection.config, inspection.precision
+    precision = inspection.precision
+    dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in inspection.bytes_by_dtype.items())
+    facts = _model_facts(inspection.config, inspection.parameters)
+    facts.append(("stored as", dtypes))
+    if inspection.manifest is not None:
+        facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))
+        facts += _manifest_facts(inspection.manifest)
+    return facts
+
+
+def _model_facts(config: "GemmaConfig", parameters: int) -> list[tuple[str, str]]:
     sliding = sum(config.window_of(layer) is not None for layer in range(config.num_hidden_layers))
     window = f", {sliding} with a window of {config.sliding_window} tokens" if sliding else ""
-    dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in inspection.bytes_by_dtype.items())
     heads = (
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads "
         f"of {config.head_dim}"
     )
-    facts = [
-        ("model", f"{_GENERATIONS[config.model_type]}, {inspection.parameters:,} parameters"),
+    return [
+        ("model", f"{_GENERATIONS[config.model_type]}, {parameters:,} parameters"),
         ("layers", f"{config.num_hidden_layers}{window}"),
         ("hidden size", f"{config.hidden_size}, feed-forward {config.intermediate_size}"),
         ("attention", heads),
         ("vocabulary", f"{config.vocab_size}{', tied' if config.tie_word_embeddings else ''}"),
         ("longest text", f"{config.max_position_embeddings} tokens"),
-        ("stored as", dtypes),
     ]
-    if inspection.manifest is not None:
-        facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))
-        facts += _manifest_facts(inspection.manifest)
-    return facts
 
 
 def _manifest_facts(manifest: "Manifest") -> list[tuple[str, str]]:

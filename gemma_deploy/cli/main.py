@@ -38,7 +38,7 @@ COMMANDS: Final = MappingProxyType(
         ),
         "inspect": LazyCommand(
             module="gemma_deploy.cli.inspect_command",
-            short_help="Show what a bundle or checkpoint holds and the memory it needs.",
+            short_help="Show what a bundle, checkpoint or engine holds and the memory it needs.",
         ),
         "verify": LazyCommand(
             module="gemma_deploy.cli.verify_command",

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,97 @@ class TestBundle:
         assert "max_seq_len is 9000" in result.stderr
 
 
+class TestBundleWithEngines:
+    @pytest.fixture
+    def folder(self, bundle: Path, tmp_path: Path, write_engine: Callable[[Path], Path]) -> Path:
+        """Return a bundle with an engine, and with another whose plan was cut short."""
+        folder = tmp_path / "bundle"
+        shutil.copytree(bundle, folder)
+        write_engine(folder / "engines" / "sound")
+        (write_engine(folder / "engines" / "broken") / "engine.plan").write_bytes(b"pl")
+        return folder
+
+    def test_a_line_for_each(self, invoke: Callable[..., Result], folder: Path) -> None:
+        lines = [" ".join(line.split()) for line in invoke("inspect", folder).stdout.splitlines()]
+
+        start = lines.index("Engines") + 1
+        assert lines[start] == (
+            "sound batches of 2, 100 tokens, one-engine, attention auto, 2.00 KiB"
+        )
+        assert lines[start + 1].startswith("broken cannot be opened: ")
+        assert "engine.plan has 2 bytes" in lines[start + 1]
+
+    def test_json(self, invoke: Callable[..., Result], folder: Path) -> None:
+        report = json.loads(invoke("inspect", folder, "--json").stdout)
+
+        (engine,) = report["engines"]
+        assert (engine["name"], engine["size_bytes"]) == ("sound", 2048)
+        assert engine["build"]["limits"]["max_batch_size"] == 2
+        assert list(report["damaged_engines"]) == ["broken"]
+
+    def test_without_engines_there_is_no_such_table(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        assert "Engines" not in invoke("inspect", bundle).stdout
+        assert json.loads(invoke("inspect", bundle, "--json").stdout)["engines"] == []
+
+
+class TestEngine:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, write_engine: Callable[[Path], Path]) -> Path:
+        return write_engine(tmp_path / "packed")
+
+    def test_shows_what_it_is(self, invoke: Callable[..., Result], folder: Path) -> None:
+        result = invoke("inspect", folder)
+
+        assert result.exit_code == 0
+        lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+        assert lines[0] == f"Engine {folder}"
+        for line in (
+            "library tensorrt-rtx 1.7.1; no other version loads it",
+            "built for compute capability 8.0, 8.9",
+            "layout one-engine",
+            "attention auto, plugin version 1",
+            "limits batches of 2",
+            "100 tokens of prompt and answer together",
+            "30 tokens of a prompt in a step",
+            "logits of 3 positions of a row in a step",
+            "the 7 largest logits picked out on the GPU",
+            "KV cache bfloat16",
+            "made by python 3.11",
+            "layers 2",
+            "vocabulary 50, tied",
+            "engine.plan 2.00 KiB",
+            "total 2.00 KiB",
+        ):
+            assert line in lines
+
+    def test_json_holds_the_manifest(self, invoke: Callable[..., Result], folder: Path) -> None:
+        report = json.loads(invoke("inspect", folder, "--json").stdout)
+
+        assert report["kind"] == "engine"
+        assert report["plans"] == {"engine.plan": 2048}
+        assert report["files"] == {path.name: path.stat().st_size for path in folder.iterdir()}
+        assert report["manifest"] == json.loads((folder / "engine.json").read_text())
+
+    def test_a_damaged_one(self, invoke: Callable[..., Result], folder: Path) -> None:
+        (folder / "engine.plan").unlink()
+
+        result = invoke("inspect", folder)
+
+        assert result.exit_code == 1
+        assert "engine.plan is missing" in result.stderr
+
+    @pytest.mark.parametrize("option", ["--max-seq-len", "--batch-size"])
+    def test_its_sizes_are_fixed(
+        self, option: str, invoke: Callable[..., Result], folder: Path
+    ) -> None:
+        result = invoke("inspect", folder, option, 50)
+
+        assert result.exit_code == 2
+        assert "is an engine, whose sizes are fixed" in result.stderr
+
+
 class TestCheckpoint:
     @pytest.mark.parametrize(
         ("name", "text"),
@@ -121,4 +213,7 @@ class TestNeither:
         result = invoke("inspect", tmp_path)
 
         assert result.exit_code == 1
-        assert "expected a bundle (manifest.json) or a checkpoint (config.json)" in result.stderr
+        assert (
+            f"{tmp_path} holds no model; expected the folder of a bundle (manifest.json), an engine "
+            "(engine.json) or a checkpoint (config.json)"
+        ) in result.stderr
