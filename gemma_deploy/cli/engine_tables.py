@@ -66,6 +66,6 @@ def _build_facts(build: "EngineBuild") -> list[tuple[str, str]]:
         ("limits", f"batches of {limits.max_batch_size}"),
         ("", f"{limits.max_seq_len} tokens of prompt and answer together"),
         ("", f"{limits.max_step_tokens} tokens of a prompt in a step"),
-        ("", f"logits of {limits.max_logits} positions of a row in a step"),
-        ("", f"the {limits.num_candidates} largest logits picked out on the GPU"),
+        ("", f"positions of a row with logits, in a step: {limits.max_logits}"),
+        ("", f"largest logits picked out on the GPU: {limits.num_candidates}"),
     ]
