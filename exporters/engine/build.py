@@ -1,5 +1,6 @@
 """Bundle to engine folder: `build_engine`."""
 
+import importlib.util
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,13 @@ from gemma_deploy.engine import (
     EngineManifest,
     Plan,
 )
-from gemma_deploy.errors import BundleError, EngineBuildError, EngineError, ExportError
+from gemma_deploy.errors import (
+    BackendUnavailableError,
+    BundleError,
+    EngineBuildError,
+    EngineError,
+    ExportError,
+)
 from gemma_deploy.exporters.engine.attention import check_attention, check_plugin, uses_plugin
 from gemma_deploy.exporters.engine.builder import OnProgress, check_features
 from gemma_deploy.exporters.engine.options import BuildOptions
@@ -75,6 +82,7 @@ def build_engine(
         BundleError: The bundle has no TensorRT graphs, or they were changed.
         EngineBuildError: Memory or disk do not suffice, or the build failed; nothing is left behind.
     """
+    _check_installed()
     library = load_library(options.flavour)
     check_features(library)
     build = plan_build(bundle, options, library, read_driver()[1])
@@ -140,6 +148,20 @@ def plan_build(
         graphs={phase: _graph_hash(bundle, phase) for phase in PHASES},
         weights=manifest.files[manifest.weights].sha256,
     )
+
+
+def _check_installed() -> None:
+    """Refuse to start a child process that would miss what rewrites graphs.
+
+    Raises:
+        BackendUnavailableError: With the install line.
+    """
+    missing = [name for name in ("onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(
+            f"building engines needs {' and '.join(missing)}, which devices do without: build on "
+            "another machine, or pip install onnx onnx-ir"
+        )
 
 
 def _graph_hash(bundle: Bundle, phase: Phase) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import resource
 import shutil
@@ -281,3 +282,15 @@ def test_a_library_that_lacks_a_feature(
     monkeypatch.setattr(build, "load_library", lambda _: old)
     with pytest.raises(BackendUnavailableError, match=r"1.4 has no OnnxParser.load_initializer"):
         build_engine(engine_bundle("gemma1"), rtx_options())
+
+
+def test_a_missing_package_is_named_before_a_process_is_started(
+    engine_bundle: EngineBundles, rtx_options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(engine_bundle("gemma1").folder)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnx_ir" else found(name)
+    )
+    with pytest.raises(BackendUnavailableError, match=r"needs onnx_ir.*pip install onnx onnx-ir"):
+        build_engine(bundle, rtx_options())
