@@ -23,7 +23,7 @@ import numpy as np
 import gemma_deploy
 from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
-from gemma_deploy.engine import Layout
+from gemma_deploy.engine_build import Layout
 
 GOAL_RATIO = 1.2
 SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import Gpu
-from gemma_deploy.engine import EngineBuild, EngineFolder, build_command
+from gemma_deploy.engine import EngineFolder
+from gemma_deploy.engine_build import EngineBuild, build_command
 from gemma_deploy.graph_spec import PHASES
 
 

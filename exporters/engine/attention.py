@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.plugins.attention.schedule import (
     SHARED_LIMIT_BYTES,

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import Gpu, read_driver
-from gemma_deploy.engine import (
-    ENGINE_FILE,
-    ENGINES_FOLDER,
-    EngineBuild,
-    EngineFolder,
-    EngineManifest,
-    Plan,
-)
+from gemma_deploy.engine import ENGINE_FILE, ENGINES_FOLDER, EngineFolder, EngineManifest, Plan
+from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import (
     BackendUnavailableError,
     BundleError,

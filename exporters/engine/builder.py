@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
-from gemma_deploy.engine import EngineBuild
+from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import BackendUnavailableError, EngineBuildError
 from gemma_deploy.exporters.engine.phase_progress import PhaseProgress
 from gemma_deploy.exporters.engine.profiles import Profile

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, cast
 
 from gemma_deploy.bundle import Bundle
-from gemma_deploy.engine import EngineBuild
+from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import GemmaDeployError
 from gemma_deploy.exporters.engine.builder import PlanJob, write_plan
 from gemma_deploy.exporters.engine.profiles import optimization_profiles

@@ -9,13 +9,8 @@ from typing import Final
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint_files import is_licence
-from gemma_deploy.engine import (
-    ENGINE_FILE,
-    EngineFolder,
-    describe_build,
-    engines_of,
-    engines_of_flavour,
-)
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of, engines_of_flavour
+from gemma_deploy.engine_build import describe_build
 from gemma_deploy.engine_fit import rebuild_advice, why_not_of
 from gemma_deploy.errors import EngineError, ExportError, RequestError
 from gemma_deploy.file_records import FileRecord

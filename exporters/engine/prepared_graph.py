@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from gemma_deploy.bundle import Bundle
-from gemma_deploy.engine import EngineBuild, engine_spec
+from gemma_deploy.engine_build import EngineBuild, engine_spec
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine.attention import has_native_attention
 from gemma_deploy.exporters.passes.apart_projections import keep_projections_apart

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gemma_deploy.engine import EngineLimits, Layout
+from gemma_deploy.engine_build import EngineLimits, Layout
 from gemma_deploy.graph_spec import GraphSpec, Phase
 
 Shape = tuple[int, ...]
@@ -46,8 +46,9 @@ def optimization_profiles(
     """
     sizes = {"prefill": _prefill(limits), "decode": _decode(limits)}
     if layout == "one-engine":
-        # With every dimension fixed, TensorRT for RTX stores the weights a second time for the
-        # profile, twice as large a plan: so a single row is built as one row or two.
+        # With every dimension fixed, TensorRT for RTX may store weights a second time for the
+        # profile (small models doubled; layers of the 2B shape grew by 4 %): so a single row is
+        # built as one row or two.
         low, usual, high = sizes["decode"]["B"]
         sizes["decode"] = {**sizes["decode"], "B": (low, usual, max(2, high))}
         return [_profile(spec, sizes["prefill"]), _profile(spec, sizes["decode"])]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from gemma_deploy.engine import EngineBuild
+from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import EngineBuildError
 
 # Beyond the plan, of which the library holds one copy: its own graphs and kernels, joined weights of

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.exporters.passes.native_attention import use_native_attention
 from gemma_deploy.exporters.passes.plugin_attention import use_plugin_attention
 

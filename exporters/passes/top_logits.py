@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS
+from gemma_deploy.engine_build import LOGITS_SUM, TOP_INDICES, TOP_LOGITS
 from gemma_deploy.exporters.lowering.nodes import NodeWriter
 from gemma_deploy.graph_spec import LOGITS
 

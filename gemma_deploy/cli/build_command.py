@@ -11,7 +11,8 @@ from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
 from gemma_deploy.cuda_driver import cuda_device_count
 
 if TYPE_CHECKING:
-    from gemma_deploy.engine import Attention, EngineFolder, Layout
+    from gemma_deploy.engine import EngineFolder
+    from gemma_deploy.engine_build import Attention, Layout
     from gemma_deploy.tensorrt import Flavour
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from gemma_deploy.cli.console import emit_table, format_bytes
 
 if TYPE_CHECKING:
-    from gemma_deploy.engine import EngineBuild, EngineFolder
+    from gemma_deploy.engine import EngineFolder
+    from gemma_deploy.engine_build import EngineBuild
 
 
 def emit_engine(engine: "EngineFolder", model: Sequence[tuple[str, str]]) -> None:
@@ -48,7 +49,7 @@ def emit_engines(engines: Sequence["EngineFolder"], damaged: Mapping[str, str]) 
 
 
 def _summary(engine: "EngineFolder") -> str:
-    from gemma_deploy.engine import describe_build
+    from gemma_deploy.engine_build import describe_build
     from gemma_deploy.inspection import plan_sizes
 
     size = format_bytes(sum(plan_sizes(engine).values()))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.external_data import check_external_data
 from gemma_deploy.graph_spec import PHASES, GraphSpec, Lowering, Phase, graph_spec

@@ -12,7 +12,7 @@ from gemma_deploy.cli.console import Progress, emit_json, progress
 
 if TYPE_CHECKING:
     from gemma_deploy.cli.checks import Check
-    from gemma_deploy.engine import Attention
+    from gemma_deploy.engine_build import Attention
     from gemma_deploy.graph_spec import Lowering
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS
+from gemma_deploy.engine_build import LOGITS_SUM, TOP_INDICES, TOP_LOGITS
 from gemma_deploy.errors import EngineError, SessionError
 from gemma_deploy.graph_spec import LOGITS, GraphSpec, TensorSpec
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape

@@ -9,7 +9,8 @@ import numpy as np
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.cuda_driver import Gpu
-from gemma_deploy.engine import LOGITS_SUM, TOP_INDICES, TOP_LOGITS, EngineBuild, EngineFolder
+from gemma_deploy.engine import EngineFolder
+from gemma_deploy.engine_build import LOGITS_SUM, TOP_INDICES, TOP_LOGITS, EngineBuild
 from gemma_deploy.engine_fit import rebuild_advice, why_not_on, why_not_with
 from gemma_deploy.errors import BackendUnavailableError, EngineError, RequestError, SessionError
 from gemma_deploy.graph_spec import (

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.exporters.passes.attention import use_attention
 from gemma_deploy.exporters.passes.cpu_reference import use_cpu_reference
 from gemma_deploy.graph_spec import Lowering, Phase, graph_name

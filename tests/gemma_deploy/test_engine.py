@@ -8,16 +8,8 @@ from typing import Any
 import pytest
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine import (
-    ENGINE_FILE,
-    EngineBuild,
-    EngineFolder,
-    EngineLimits,
-    EngineManifest,
-    Plan,
-    build_command,
-    engine_spec,
-)
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, EngineManifest, Plan
+from gemma_deploy.engine_build import EngineBuild, EngineLimits, build_command, engine_spec
 from gemma_deploy.errors import BundleVersionError, EngineError, UnsafePathError
 from gemma_deploy.file_records import FileRecord, record_file
 

@@ -13,14 +13,13 @@ from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.doctor_tensorrt import engine_verdicts
 from gemma_deploy.engine import (
     ENGINE_FILE,
-    EngineBuild,
     EngineFolder,
-    EngineLimits,
     EngineManifest,
     Plan,
     engines_of,
     engines_of_flavour,
 )
+from gemma_deploy.engine_build import EngineBuild, EngineLimits
 from gemma_deploy.engine_fit import is_packed, rebuild_advice, why_not_of, why_not_on, why_not_with
 from gemma_deploy.errors import EngineError
 from gemma_deploy.file_records import FileRecord, sha256_of

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma_deploy.bundle import Bundle
-from gemma_deploy.engine import (
-    ENGINE_FILE,
-    EngineBuild,
-    EngineFolder,
-    EngineManifest,
-    Plan,
-)
+from gemma_deploy.engine import ENGINE_FILE, EngineFolder, EngineManifest, Plan
+from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import EngineError, ExportError, OutputExistsError, RequestError
 from gemma_deploy.exporters.engine.build import plan_build
 from gemma_deploy.exporters.engine.pack import pack_engine

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine import EngineLimits, engine_spec
+from gemma_deploy.engine_build import EngineLimits, engine_spec
 from gemma_deploy.exporters.engine.profiles import Profile, ShapeRange, optimization_profiles
 
 CONFIG = GemmaConfig(num_hidden_layers=2, num_key_value_heads=3, num_attention_heads=6, head_dim=8)

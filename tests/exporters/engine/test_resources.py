@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_deploy.engine import EngineBuild, EngineLimits, Layout
+from gemma_deploy.engine_build import EngineBuild, EngineLimits, Layout
 from gemma_deploy.errors import EngineBuildError
 from gemma_deploy.exporters.engine import resources
 from gemma_deploy.exporters.engine.resources import available_memory_bytes, check_resources

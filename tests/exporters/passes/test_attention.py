@@ -4,7 +4,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.exporters.passes.attention import use_attention
 
 PLAIN: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.errors import ExportError
 from gemma_deploy.exporters.passes.attention import use_attention
 from gemma_deploy.exporters.passes.cpu_reference import use_cpu_reference

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine import EngineLimits, engine_spec
+from gemma_deploy.engine_build import EngineLimits, engine_spec
 from gemma_deploy.exporters.passes.top_logits import add_top_logits
 
 LIMITS = EngineLimits(

@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 
 from gemma_deploy.cli.main import cli
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine import ENGINE_FILE, EngineBuild, EngineLimits, EngineManifest, Plan
+from gemma_deploy.engine import ENGINE_FILE, EngineManifest, Plan
+from gemma_deploy.engine_build import EngineBuild, EngineLimits
 from gemma_deploy.file_records import record_file
 
 

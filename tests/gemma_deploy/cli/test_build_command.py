@@ -12,7 +12,8 @@ from click.testing import Result
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cuda_driver import cuda_device_count
-from gemma_deploy.engine import EngineFolder, build_command
+from gemma_deploy.engine import EngineFolder
+from gemma_deploy.engine_build import build_command
 from gemma_deploy.exporters.engine import BuildOptions
 
 SMALL = ("--max-seq-len", "64", "--compute-capability", "8.9")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from gemma_deploy import api
 from gemma_deploy.cli.verification import describe_parity
 from gemma_deploy.cli.verification_graphs import GraphChoice
-from gemma_deploy.engine import Attention
+from gemma_deploy.engine_build import Attention
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import LOWERINGS
 from gemma_deploy.parity import ParityCounter
