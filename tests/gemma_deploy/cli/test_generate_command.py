@@ -222,7 +222,7 @@ class TestInterrupt:
 class TestEngines:
     @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
     @pytest.mark.parametrize("verb", ["generate", "chat"])
-    def test_that_were_not_built_name_the_command(
+    def test_that_no_float32_bundle_has_name_the_export(
         self, verb: str, backend: str, invoke: Callable[..., Result], bundle: Path
     ) -> None:
         prompt = [PROMPT] if verb == "generate" else []
@@ -231,7 +231,8 @@ class TestEngines:
 
         assert result.exit_code == 1
         assert result.stdout == ""
-        assert f"has no {backend} engine: `gemma-deploy build" in result.stderr
+        assert "the bundle is in float32 and has no tensorrt graphs" in result.stderr
+        assert "--fp16` (or --bf16)" in result.stderr
 
     def test_do_not_run_on_a_cpu(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("generate", bundle, PROMPT, "--backend", "tensorrt-rtx", "--device", "cpu")
