@@ -44,13 +44,15 @@ def test_an_engine_is_built(
     tensorrt_over_rtx: dict[str, str],
 ) -> None:
     folder = engine_bundle(name, dtype).folder
-    result = subprocess.run(
-        [sys.executable, "-c", BUILD, str(folder), json.dumps(options)],
-        env=tensorrt_over_rtx,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", BUILD, str(folder), json.dumps(options)]
+    for _ in range(3):
+        result = subprocess.run(
+            command, env=tensorrt_over_rtx, check=False, capture_output=True, text=True
+        )
+        # These bindings were not made for these libraries, whose builder now and then gives up
+        # without a word. Any word would be ours to mind.
+        if "(it gave no reason)" not in result.stderr:
+            break
     assert result.returncode == 0, result.stderr
     (built,) = [x for x in (folder / "engines").iterdir() if x.name.startswith("tensorrt-11.")]
     engine = EngineFolder.open(built)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gemma_deploy.cuda_driver import cuda_device_count
-from gemma_deploy.errors import BackendUnavailableError, EngineError, RequestError
+from gemma_deploy.errors import BackendUnavailableError, BundleError, RequestError
 from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.runtime.source import ModelSource
 
@@ -82,7 +82,7 @@ def test_a_packed_engine_runs_on_its_own_library_only(
 
 def test_an_engine_must_be_built_first(text_bundle: Any, text_checkpoint: Any) -> None:
     bundle, checkpoint = text_bundle("gemma1"), text_checkpoint("gemma1")
-    with pytest.raises(EngineError, match=f"`gemma-deploy build {bundle} --backend tensorrt-rtx`"):
+    with pytest.raises(BundleError, match="float32 and has no tensorrt graphs"):
         create_session(ModelSource.open(bundle), backend="tensorrt-rtx")
     with pytest.raises(RequestError, match=r"gemma-deploy export .*gemma-deploy build BUNDLE"):
         create_session(ModelSource.open(checkpoint), backend="tensorrt-rtx")
