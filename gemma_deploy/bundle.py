@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, cast, get_args
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError
-from gemma_deploy.file_records import FileRecord, sha256_of
+from gemma_deploy.file_records import FileRecord, changed_files, wrong_file
 from gemma_deploy.graph_spec import (
     LOWERINGS,
     PHASES,
@@ -21,7 +21,6 @@ from gemma_deploy.graph_spec import (
     graph_name,
     graph_spec,
 )
-from gemma_deploy.safe_paths import safe_path
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -148,15 +147,11 @@ class Bundle:
             UnsafePathError: A path that leaves the folder.
         """
         manifest = _parse_manifest(_read_manifest(folder))
-        for name, record in manifest.files.items():
-            path = safe_path(folder, name, "manifest.json")
-            size = path.stat().st_size if path.is_file() else None
-            if size != record.size_bytes:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                raise BundleError(
-                    f"{path} {found}, the manifest says {record.size_bytes:,} bytes: the bundle is "
-                    "incomplete or was changed; copy it again or export it again"
-                )
+        wrong = wrong_file(folder, manifest.files, MANIFEST_FILE, called="the manifest")
+        if wrong is not None:
+            raise BundleError(
+                f"{wrong}: the bundle is incomplete or was changed; copy it again or export it again"
+            )
         for name in _referenced(manifest):
             if name not in manifest.files:
                 raise BundleError(
@@ -200,11 +195,7 @@ class Bundle:
         Args:
             on_bytes: Called with the number of bytes hashed since the last call, for progress.
         """
-        return [
-            name
-            for name, record in self.manifest.files.items()
-            if sha256_of(self.folder / name, on_bytes) != record.sha256
-        ]
+        return changed_files(self.folder, self.manifest.files, on_bytes)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -18,14 +18,13 @@ from gemma_deploy.errors import (
     GemmaDeployError,
     UnsafePathError,
 )
-from gemma_deploy.file_records import FileRecord, sha256_of
+from gemma_deploy.file_records import FileRecord, changed_files, wrong_file
 from gemma_deploy.graph_spec import (
     PHASES,
     DType,
     GraphSpec,
     Phase,
 )
-from gemma_deploy.safe_paths import safe_path
 from gemma_deploy.tensorrt.library import Flavour
 
 ENGINE_FILE = "engine.json"
@@ -118,15 +117,11 @@ class EngineFolder:
             UnsafePathError: A path that leaves the folder.
         """
         manifest = _parse(_read(folder / ENGINE_FILE))
-        for name, record in manifest.files.items():
-            path = safe_path(folder, name, ENGINE_FILE)
-            size = path.stat().st_size if path.is_file() else None
-            if size != record.size_bytes:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                raise EngineError(
-                    f"{path} {found}, {ENGINE_FILE} says {record.size_bytes:,} bytes: the engine is "
-                    "incomplete or was changed; copy it again, or build it again"
-                )
+        wrong = wrong_file(folder, manifest.files, ENGINE_FILE, called=ENGINE_FILE)
+        if wrong is not None:
+            raise EngineError(
+                f"{wrong}: the engine is incomplete or was changed; copy it again, or build it again"
+            )
         referenced = [plan.path for plan in manifest.plans.values()]
         referenced += [*manifest.tokenizer, *([manifest.generation] if manifest.generation else [])]
         for name in referenced:
@@ -157,11 +152,7 @@ class EngineFolder:
         Args:
             on_bytes: Called with the number of bytes hashed since the last call, for progress.
         """
-        return [
-            name
-            for name, record in self.manifest.files.items()
-            if sha256_of(self.folder / name, on_bytes) != record.sha256
-        ]
+        return changed_files(self.folder, self.manifest.files, on_bytes)
 
 
 def engines_of(bundle: Bundle) -> tuple[list[EngineFolder], dict[str, GemmaDeployError]]:

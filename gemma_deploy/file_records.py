@@ -1,10 +1,12 @@
 """Size and hash of a file, as manifests state them: `FileRecord`."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from gemma_deploy.safe_paths import safe_path
 
 _HASH_BLOCK_BYTES: Final = 8 << 20
 
@@ -30,3 +32,37 @@ def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda _: None) ->
             digest.update(block)
             on_bytes(len(block))
     return digest.hexdigest()
+
+
+def wrong_file(
+    folder: Path, files: Mapping[str, FileRecord], manifest: str, *, called: str
+) -> str | None:
+    """Return what is wrong with the first file that is missing or of another size; None if none is.
+
+    Args:
+        folder: Where the files are.
+        files: What they should be, by path in the folder.
+        manifest: Name of the file that says so.
+        called: What the message calls it.
+
+    Raises:
+        UnsafePathError: A path that leaves the folder.
+    """
+    for name, record in files.items():
+        path = safe_path(folder, name, manifest)
+        size = path.stat().st_size if path.is_file() else None
+        if size != record.size_bytes:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            return f"{path} {found}, {called} says {record.size_bytes:,} bytes"
+    return None
+
+
+def changed_files(
+    folder: Path, files: Mapping[str, FileRecord], on_bytes: Callable[[int], object]
+) -> list[str]:
+    """Hash every file and return the paths whose SHA-256 is another; see `sha256_of`."""
+    return [
+        name
+        for name, record in files.items()
+        if sha256_of(folder / name, on_bytes) != record.sha256
+    ]

@@ -364,7 +364,7 @@ class TestDamage:
         def refuse(path: Path, _on_bytes: object) -> str:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        monkeypatch.setattr("gemma_deploy.bundle.sha256_of", refuse)
+        monkeypatch.setattr("gemma_deploy.file_records.sha256_of", refuse)
 
         result = invoke("verify", bundle)
 
