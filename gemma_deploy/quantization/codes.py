@@ -1,0 +1,129 @@
+"""Weights to codes and back: `quantize`, `dequantize`, and how codes are packed into bytes.
+
+Everything works on rows by themselves, so a matrix may be given in blocks of rows.
+
+Sources: NF4 is bitsandbytes' (QLoRA, https://arxiv.org/abs/2305.14314, appendix E); E4M3 is
+https://arxiv.org/abs/2209.05433.
+"""
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_deploy.quantization.formats import WeightFormat
+
+NF4_TABLE: Final = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The sixteen values of NF4, as shares of a block's largest magnitude."""
+
+LARGEST_CODE: Final = {"int4": 7.0, "int8": 127.0, "nf4": 1.0, "fp8": 448.0}
+"""What a block's largest magnitude becomes when it is rounded to nearest."""
+
+_SMALLEST_INT4: Final = -8
+
+
+class Quantized(NamedTuple):
+    """Codes and scales of some rows of a matrix.
+
+    Attributes:
+        codes: [n, K]; int8 (of nf4: indexes into `NF4_TABLE`), or float8_e4m3fn.
+        scales: float16 [n, K / block_size], or [n, 1].
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+def quantize(
+    weight: Tensor, weight_format: WeightFormat, scales: Tensor | None = None
+) -> Quantized:
+    """Round to nearest, each block by its own scale.
+
+    Args:
+        weight: float32 [n, K], finite.
+        weight_format: A quantized format whose blocks divide K.
+        scales: float16, what a code of 1 stands for; None for each block's largest magnitude as the
+            largest code. A scale that is zero, as of a block of zeros, gives codes of zero.
+
+    Returns:
+        Codes that are within half a step of `weight` where it is in the scales' range.
+    """
+    blocks = _blocked(weight, weight_format)  # [n, K / block, block]
+    if scales is None:
+        largest = blocks.abs().amax(-1) / LARGEST_CODE[weight_format.scheme]
+        scales = largest.to(torch.float16)
+    # Rounded scales are what the codes will be multiplied with; a block whose scale vanished in
+    # float16 becomes zeros.
+    wide = scales.float().unsqueeze(-1)
+    steps = torch.where(wide == 0, 0.0, blocks / wide)
+    return Quantized(_rounded(steps, weight_format).reshape(weight.shape), scales)
+
+
+def dequantize(quantized: Quantized, weight_format: WeightFormat) -> Tensor:
+    """Return what codes and scales stand for, float32 [n, K]."""
+    codes, scales = quantized
+    if weight_format.scheme == "nf4":
+        table = torch.tensor(NF4_TABLE, dtype=torch.float32)
+        values = table[codes.long()]
+    else:
+        values = codes.float()
+    return (_blocked(values, weight_format) * scales.float().unsqueeze(-1)).reshape(codes.shape)
+
+
+def pack(codes: Tensor, weight_format: WeightFormat) -> Tensor:
+    """Return codes [n, K] as the weights file holds them; see `formats`."""
+    if weight_format.scheme == "int4":
+        low, high = (codes[:, i::2].to(torch.uint8) & 0xF for i in (0, 1))
+    elif weight_format.scheme == "nf4":
+        high, low = (codes[:, i::2].to(torch.uint8) for i in (0, 1))
+    else:
+        return codes
+    return low | high << 4
+
+
+def unpack(stored: Tensor, weight_format: WeightFormat) -> Tensor:
+    """Return codes [n, K] of what `pack` returned."""
+    if weight_format.bits != 4:
+        return stored
+    low, high = stored & 0xF, stored >> 4
+    if weight_format.scheme == "nf4":
+        return torch.stack((high, low), dim=-1).flatten(1).to(torch.int8)
+    codes = torch.stack((low, high), dim=-1).flatten(1).to(torch.int8)
+    return torch.where(codes > LARGEST_CODE["int4"], codes - 16, codes)
+
+
+def _blocked(rows: Tensor, weight_format: WeightFormat) -> Tensor:
+    """[n, K] -> [n, K / block, block]."""
+    return rows.reshape(len(rows), -1, weight_format.block_size or rows.shape[-1])
+
+
+def _rounded(steps: Tensor, weight_format: WeightFormat) -> Tensor:
+    """Return the codes nearest to weights in units of their scale."""
+    match weight_format.scheme:
+        case "int4":
+            return steps.round().clamp(_SMALLEST_INT4, LARGEST_CODE["int4"]).to(torch.int8)
+        case "int8":
+            return steps.round().clamp(-LARGEST_CODE["int8"], LARGEST_CODE["int8"]).to(torch.int8)
+        case "nf4":
+            table = torch.tensor(NF4_TABLE, dtype=torch.float32)
+            return torch.bucketize(steps, (table[1:] + table[:-1]) / 2).to(torch.int8)
+        case _:
+            largest = LARGEST_CODE["fp8"]
+            return steps.clamp(-largest, largest).to(torch.float8_e4m3fn)
