@@ -77,7 +77,7 @@ def _external(
         location=WEIGHTS_FILE,
         offset=offset,
         length=stored.size_bytes,
-        dtype=ir_dtype(stored.dtype),
+        dtype=ir_dtype(stored.format.scheme),
         shape=ir.Shape(stored.shape),
         name=stored.name,
     )

@@ -7,23 +7,32 @@ memory needed does not grow with the model. The file is plain safetensors, reada
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.errors import CheckpointError, ExportError
 from gemma_deploy.file_records import FileRecord
-from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
+from gemma_deploy.graph_spec import DType, Precision
+from gemma_deploy.quantization.codes import pack, quantize
+from gemma_deploy.quantization.formats import StoredPart, WeightFormat
+
+if TYPE_CHECKING:
+    from gemma_deploy.residual_scaling import ResidualScaling
 
 # Mapped readers find every tensor aligned when the data starts on a page.
 _DATA_ALIGNMENT_BYTES = 4096
 # Several copies of a block live at once (as read, checked, cast); larger ones are not faster.
 _BLOCK_BYTES = 16 << 20
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
+_NO_FORMATS: Final[Mapping[str, WeightFormat]] = MappingProxyType({})
+_NOTHING_PREPARED: Final[Mapping[str, Path]] = MappingProxyType({})
 _TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -33,31 +42,38 @@ _TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of the weights file.
+    """One tensor of a checkpoint, as the weights file holds it.
 
     Attributes:
         name: Its name, in the file and as initializer of the graphs.
         source: The checkpoint's tensor it is made from.
-        dtype: What it is stored in.
+        format: What it is stored in.
         shape: As in the checkpoint; matrices are [out, in].
         is_norm: Whether it is a norm's weight w, stored as 1 + w.
+        divisor: The power of two that it is stored divided by (`ResidualScaling`).
     """
 
     name: str
     source: str
-    dtype: DType
+    format: WeightFormat
     shape: tuple[int, ...]
     is_norm: bool
+    divisor: float = 1.0
+
+    @property
+    def parts(self) -> tuple[StoredPart, ...]:
+        """The tensors of the weights file that hold it: itself, and its scales if it has any."""
+        return self.format.parts(self.name, self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """Size in the weights file."""
-        return torch.Size(self.shape).numel() * DTYPE_BYTES[self.dtype]
+        """Size of all its parts."""
+        return sum(part.size_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsFile:
-    """A written weights file: where each tensor lies (bytes from the file's start), and the record."""
+    """A written weights file: where each part lies (bytes from the file's start), and the record."""
 
     offsets: dict[str, int]
     record: FileRecord
@@ -76,28 +92,50 @@ def is_norm(source: str) -> bool:
     return source.removesuffix(".weight").endswith("norm")
 
 
-def plan_weights(checkpoint: Checkpoint, precision: Precision) -> tuple[StoredTensor, ...]:
+def plan_weights(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    formats: Mapping[str, WeightFormat] = _NO_FORMATS,
+    scaling: "ResidualScaling | None" = None,
+) -> tuple[StoredTensor, ...]:
     """Return what the weights file of a checkpoint holds, in order.
 
-    Matrices take the weights' dtype, biases that of the activations, norms float32: a norm is
-    applied in float32 whatever the activations are.
+    Matrices take the weights' dtype where `formats` says nothing else, biases that of the
+    activations, norms float32: a norm is applied in float32 whatever the activations are.
+
+    Args:
+        checkpoint: Where the weights come from.
+        precision: Dtypes of what is not quantized.
+        formats: How matrices are stored, by the checkpoint's names.
+        scaling: What is divided by powers of two; None for nothing.
+
+    Raises:
+        RequestError: A format's blocks do not divide a matrix's rows.
     """
-    return tuple(
-        StoredTensor(
-            name=stored_name(name),
-            source=name,
-            dtype=_stored_dtype(name, len(info.shape), precision),
-            shape=info.shape,
-            is_norm=is_norm(name),
+    plan = []
+    for name, info in checkpoint.tensors.items():
+        divisor = 1.0
+        if scaling is not None:
+            divisor = scaling.norm_divisor(name) if is_norm(name) else scaling.weight_divisor(name)
+        plan.append(
+            StoredTensor(
+                name=stored_name(name),
+                source=name,
+                format=formats.get(name) or WeightFormat(_dense(name, info.shape, precision)),
+                shape=info.shape,
+                is_norm=is_norm(name),
+                divisor=divisor,
+            )
         )
-        for name, info in checkpoint.tensors.items()
-    )
+        # So that blocks that do not fit are found before anything is written.
+        _ = plan[-1].parts
+    return tuple(plan)
 
 
-def _stored_dtype(name: str, rank: int, precision: Precision) -> DType:
+def _dense(name: str, shape: tuple[int, ...], precision: Precision) -> DType:
     if is_norm(name):
         return "float32"
-    return precision.weights if rank == 2 else precision.activations
+    return precision.weights if len(shape) == 2 else precision.activations
 
 
 def write_weights(
@@ -105,6 +143,7 @@ def write_weights(
     plan: Sequence[StoredTensor],
     path: Path,
     on_bytes: Callable[[int], object] = lambda _: None,
+    prepared: Mapping[str, Path] = _NOTHING_PREPARED,
 ) -> WeightsFile:
     """Stream a checkpoint's tensors into a safetensors file, hashing it on the way.
 
@@ -113,20 +152,31 @@ def write_weights(
         plan: What to write.
         path: The file to create.
         on_bytes: Called with the number of bytes written since the last call.
+        prepared: Safetensors files with the parts of tensors that calibration has made, by the name
+            of the tensor; they are not yet divided by its divisor.
 
     Raises:
         CheckpointError: A weight is not finite, or the checkpoint cannot be read.
-        ExportError: A weight is too large for the dtype it should be stored in.
+        ExportError: A weight is too large for the dtype it should be stored in, or the disk is full.
     """
     header, offsets = _header(plan)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(header)
-        digest.update(header)
-        for block in _blocks(checkpoint, plan):
-            file.write(block)
-            digest.update(block)
-            on_bytes(len(block))
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(header)
+        for tensor in plan:
+            later: list[Tensor] = []
+            for block, *scales in _blocks(checkpoint, tensor, prepared.get(tensor.name)):
+                write(_bytes_of(block))
+                on_bytes(block.nbytes)
+                later += scales
+            for block in later:
+                write(_bytes_of(block))
+                on_bytes(block.nbytes)
         file.flush()
         os.fsync(file.fileno())
         size_bytes = file.tell()
@@ -136,17 +186,17 @@ def write_weights(
 
 
 def _header(plan: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
-    """Return the file's head, padded to the alignment, and each tensor's offset in the file."""
+    """Return the file's head, padded to the alignment, and each part's offset in the file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
-    for tensor in plan:
-        starts[tensor.name] = end
-        end += tensor.size_bytes
-        entries[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [starts[tensor.name], end],
+    for part in (part for tensor in plan for part in tensor.parts):
+        starts[part.name] = end
+        end += part.size_bytes
+        entries[part.name] = {
+            "dtype": part.dtype,
+            "shape": list(part.shape),
+            "data_offsets": [starts[part.name], end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
@@ -154,18 +204,35 @@ def _header(plan: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
     return head, {name: len(head) + start for name, start in starts.items()}
 
 
-def _blocks(checkpoint: Checkpoint, plan: Sequence[StoredTensor]) -> Iterator[memoryview]:
-    for tensor in plan:
-        info = checkpoint.tensors[tensor.source]
-        for start, stop in checkpoint.row_blocks(tensor.source, _BLOCK_BYTES):
-            raw = bytearray((stop - start) * info.row_bytes)
-            checkpoint.read_rows(tensor.source, start, stop, memoryview(raw))
-            block = torch.frombuffer(raw, dtype=_TORCH_DTYPES[DTYPE_NAMES[info.dtype]])
-            yield _bytes_of(_transformed(block, tensor))
+def _blocks(
+    checkpoint: Checkpoint, tensor: StoredTensor, prepared: Path | None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield blocks of rows of a tensor's parts."""
+    if prepared is not None:
+        yield from _prepared_blocks(tensor, prepared)
+        return
+    info = checkpoint.tensors[tensor.source]
+    dtype = _TORCH_DTYPES[DTYPE_NAMES[info.dtype]]
+    for start, stop in checkpoint.row_blocks(tensor.source, _BLOCK_BYTES):
+        raw = bytearray((stop - start) * info.row_bytes)
+        checkpoint.read_rows(tensor.source, start, stop, memoryview(raw))
+        block = torch.frombuffer(raw, dtype=dtype).view(stop - start, *info.shape[1:])
+        yield _transformed(block, tensor)
 
 
-def _transformed(block: Tensor, tensor: StoredTensor) -> Tensor:
-    """Fold and cast a block, and refuse what is, or would become, infinite."""
+def _prepared_blocks(tensor: StoredTensor, path: Path) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what calibration made; of a quantized tensor only the scales take the divisor."""
+    with safe_open(path, framework="pt") as file:
+        parts = [file.get_slice(part.name) for part in tensor.parts]
+        num_rows = tensor.shape[0]
+        step = max(1, num_rows * _BLOCK_BYTES // tensor.size_bytes)
+        for start in range(0, num_rows, step):
+            *codes, last = (part[start : start + step] for part in parts)
+            yield *codes, (last.float() / tensor.divisor).to(last.dtype)
+
+
+def _transformed(block: Tensor, tensor: StoredTensor) -> tuple[Tensor, ...]:
+    """Fold and cast or quantize rows, and refuse what is, or would become, infinite."""
     # Rounding keeps order, so the extremes (NaN counts as one) speak for the whole block, and are
     # found eight times as fast as isfinite looks at every element.
     extremes = torch.stack(torch.aminmax(block))
@@ -173,19 +240,29 @@ def _transformed(block: Tensor, tensor: StoredTensor) -> Tensor:
         raise CheckpointError(
             f"{tensor.source} holds NaN or infinity: the checkpoint is damaged; download it again"
         )
-    if not bool(torch.isfinite(_folded(extremes, tensor)).all()):
+    if tensor.format.is_quantized:
+        codes, scales = quantize(_folded(block, tensor), tensor.format)
+        is_finite = bool(torch.isfinite(scales).all())
+        parts: tuple[Tensor, ...] = (pack(codes, tensor.format), scales)
+    else:
+        dtype = _TORCH_DTYPES[cast(DType, tensor.format.scheme)]
+        is_finite = bool(torch.isfinite(_folded(extremes, tensor).to(dtype)).all())
+        parts = (_folded(block, tensor).to(dtype),)
+    if not is_finite:
         raise ExportError(
-            f"{tensor.source} holds {extremes.abs().max().item():g}, too large for {tensor.dtype}: "
-            "export with --dtype bfloat16 or float32"
+            f"{tensor.source} holds {extremes.abs().max().item():g}, too large for "
+            f"{tensor.format}: export with --dtype bfloat16 or float32"
         )
-    return _folded(block, tensor)
+    return parts
 
 
 def _folded(block: Tensor, tensor: StoredTensor) -> Tensor:
     # Folded before any rounding: 1 + w in a narrow dtype would lose w's low bits.
-    folded = block.float() + 1.0 if tensor.is_norm else block
-    return folded.to(_TORCH_DTYPES[tensor.dtype])
+    if tensor.is_norm or tensor.divisor != 1 or tensor.format.is_quantized:
+        block = block.float()
+    folded = block + 1.0 if tensor.is_norm else block
+    return folded / tensor.divisor if tensor.divisor != 1 else folded
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    return block.view(torch.uint8).numpy().data
+    return block.contiguous().view(torch.uint8).flatten().numpy().data
