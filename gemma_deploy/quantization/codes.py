@@ -60,7 +60,7 @@ def quantize(
         weight: float32 [n, K], finite.
         weight_format: A quantized format whose blocks divide K.
         scales: float16, what a code of 1 stands for; None for each block's largest magnitude as the
-            largest code. A scale that is zero, as of a block of zeros, gives codes of zero.
+            largest code. None may be zero.
 
     Returns:
         Codes that are within half a step of `weight` where it is in the scales' range.
@@ -69,10 +69,10 @@ def quantize(
     if scales is None:
         largest = blocks.abs().amax(-1) / LARGEST_CODE[weight_format.scheme]
         scales = largest.to(torch.float16)
-    # Rounded scales are what the codes will be multiplied with; a block whose scale vanished in
-    # float16 becomes zeros.
-    wide = scales.float().unsqueeze(-1)
-    steps = torch.where(wide == 0, 0.0, blocks / wide)
+        # TensorRT refuses a scale of zero; blocks of zeros, as unused tokens have, need none.
+        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    # By the rounded scales, which the codes will be multiplied with.
+    steps = blocks / scales.float().unsqueeze(-1)
     return Quantized(_rounded(steps, weight_format).reshape(weight.shape), scales)
 
 
