@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gemma_deploy.bundle import GENERATION_FILE, MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest
+from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE, Bundle
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.engine import ENGINES_FOLDER
@@ -32,6 +32,7 @@ from gemma_deploy.graph_spec import (
     Precision,
     graph_name,
 )
+from gemma_deploy.manifest import MANIFEST_FILE, Manifest
 from gemma_deploy.staging import check_replaceable, staged_folder
 from gemma_deploy.tokenizer import GemmaTokenizer
 

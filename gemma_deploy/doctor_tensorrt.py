@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from gemma_deploy.bundle import MANIFEST_FILE, Bundle
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.capability import Capability
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
 from gemma_deploy.engine_fit import (
@@ -15,6 +15,7 @@ from gemma_deploy.engine_fit import (
 )
 from gemma_deploy.errors import RequestError
 from gemma_deploy.machine import Machine
+from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
 from gemma_deploy.tensorrt.gpu import why_no_gpu
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_deploy import memory
-from gemma_deploy.bundle import MANIFEST_FILE, Bundle, Manifest
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
+from gemma_deploy.manifest import MANIFEST_FILE, Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.bundle import GENERATION_FILE, MANIFEST_FILE, Bundle
+from gemma_deploy.bundle import GENERATION_FILE, Bundle
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
+from gemma_deploy.manifest import MANIFEST_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Final, get_args
 
-from gemma_deploy.bundle import Manifest
 from gemma_deploy.engine_build import Attention, EngineLimits, Layout
 from gemma_deploy.errors import RequestError
 from gemma_deploy.graph_spec import DTYPE_BYTES
+from gemma_deploy.manifest import Manifest
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
 from gemma_deploy.tensorrt.tensors import ALIGNMENT_BYTES
 

@@ -95,10 +95,10 @@ def command(
     """
     wanted = _dtype({"float32": fp32, "float16": fp16, "bfloat16": bf16}, dtype)
     from gemma_deploy import api
-    from gemma_deploy.bundle import MANIFEST_FILE
     from gemma_deploy.engine import ENGINES_FOLDER
     from gemma_deploy.errors import RequestError
     from gemma_deploy.hub import resolve_checkpoint
+    from gemma_deploy.manifest import MANIFEST_FILE
     from gemma_deploy.staging import check_replaceable
 
     if (Path(checkpoint) / MANIFEST_FILE).is_file():

@@ -11,10 +11,10 @@ from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
 from gemma_deploy.cli.engine_tables import emit_engine, emit_engines
 
 if TYPE_CHECKING:
-    from gemma_deploy.bundle import Manifest
     from gemma_deploy.config import GemmaConfig
     from gemma_deploy.graph_spec import TensorSpec
     from gemma_deploy.inspection import Inspection
+    from gemma_deploy.manifest import Manifest
     from gemma_deploy.memory import MemoryEstimate
 
 _GENERATIONS = {"gemma": "Gemma 1", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3"}
@@ -153,7 +153,7 @@ def _model_facts(config: "GemmaConfig", parameters: int) -> list[tuple[str, str]
 
 
 def _manifest_facts(manifest: "Manifest") -> list[tuple[str, str]]:
-    from gemma_deploy.bundle import FORMAT_VERSION
+    from gemma_deploy.manifest import FORMAT_VERSION
 
     versions = manifest.versions.items()
     return [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma_deploy.bundle import FORMAT_VERSION, Bundle
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli.checks import Check, check_hashes, passed
 from gemma_deploy.cli.console import Progress, format_bytes
@@ -17,6 +17,7 @@ from gemma_deploy.cli.verification_graphs import GraphChoice, check_weights
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
 from gemma_deploy.errors import CheckpointError, GemmaDeployError, RequestError
 from gemma_deploy.graph_spec import DType
+from gemma_deploy.manifest import FORMAT_VERSION
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
 from gemma_deploy.tokenizer import GemmaTokenizer
 

@@ -12,12 +12,13 @@ import numpy as np
 import onnx
 import pytest
 
-from gemma_deploy.bundle import Bundle, Manifest
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, UnsafePathError
 from gemma_deploy.external_data import check_external_data
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.manifest import Manifest
 from gemma_deploy.safe_paths import safe_path
 
 FILES = {

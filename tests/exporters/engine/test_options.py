@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 
-from gemma_deploy.bundle import Manifest
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.manifest import Manifest
 
 
 def _manifest(max_seq_len: int, **model: Any) -> Manifest:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from gemma_deploy.bundle import MANIFEST_FILE, Bundle
+from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import (
     BackendUnavailableError,
     BundleError,
@@ -17,6 +17,7 @@ from gemma_deploy.errors import (
     UnsafePathError,
 )
 from gemma_deploy.exporters.export import export_checkpoint
+from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.generator import BatchGeneration
 from gemma_deploy.runtime.request import GenerationOptions

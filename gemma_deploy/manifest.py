@@ -1,0 +1,259 @@
+"""The manifest of a bundle: what `manifest.json` says, and how it is read and written."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, cast, get_args
+
+from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, RequestError
+from gemma_deploy.file_records import FileRecord
+from gemma_deploy.graph_spec import (
+    LOWERINGS,
+    PHASES,
+    DType,
+    GraphSpec,
+    Lowering,
+    Phase,
+    Precision,
+    graph_name,
+    graph_spec,
+)
+from gemma_deploy.quantization.formats import WeightFormat
+
+if TYPE_CHECKING:
+    from gemma_deploy.residual_scaling import ResidualScaling
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The contents of `manifest.json`; docs/bundle.md describes the file.
+
+    Attributes:
+        config: The model.
+        precision: Dtypes of weights, activations and cache.
+        graphs: Path of each phase's graph, for each lowering the bundle has; `onnxruntime` always.
+        weights: Path of the weights file all graphs point into.
+        formats: How quantized matrices are stored, by name; empty in a dense bundle.
+        method: What found the codes: `rtn`, `awq` or `gptq`, or the name of the tool that a
+            checkpoint was quantized with; None in a dense bundle.
+        scaling: What the weights are divided by so that float16 does not overflow; None for
+            nothing.
+        tokenizer: Paths of the tokenizer's files.
+        generation: Path of generation_config.json, or None.
+        max_seq_len: Longest sequence the model was made for, in tokens.
+        files: Size and hash of every file but the manifest itself.
+        versions: Versions of everything that made the bundle.
+    """
+
+    config: GemmaConfig
+    precision: Precision
+    graphs: Mapping[Lowering, Mapping[Phase, str]]
+    weights: str
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    method: str | None = None
+    scaling: "ResidualScaling | None" = None
+    tokenizer: tuple[str, ...]
+    generation: str | None
+    max_seq_len: int
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]
+
+    @property
+    def lowerings(self) -> tuple[Lowering, ...]:
+        """The lowerings the bundle has graphs of, in the order of `LOWERINGS`."""
+        return tuple(lowering for lowering in LOWERINGS if lowering in self.graphs)
+
+    def precision_of(self, lowering: Lowering) -> Precision:
+        """Return the dtypes of a lowering's graphs.
+
+        Raises:
+            BundleError: The bundle has no such graphs.
+        """
+        self._require(lowering)
+        return self.precision.of_lowering(lowering)
+
+    def spec(self, phase: Phase, lowering: Lowering = "onnxruntime") -> GraphSpec:
+        """Return what the graph of a phase takes and gives.
+
+        Raises:
+            BundleError: The bundle has no graphs of that lowering.
+        """
+        return graph_spec(self.config, phase, self.precision_of(lowering).cache)
+
+    def graph_file(self, phase: Phase, lowering: Lowering = "onnxruntime") -> str:
+        """Return the path of a phase's graph, within the bundle.
+
+        Raises:
+            BundleError: The bundle has no graphs of that lowering.
+        """
+        self._require(lowering)
+        return self.graphs[lowering][phase]
+
+    def _require(self, lowering: Lowering) -> None:
+        if lowering in self.graphs:
+            return
+        if lowering == "tensorrt" and self.precision.weights == "float32":
+            raise BundleError(
+                "the bundle is in float32 and has no tensorrt graphs: TensorRT engines compute in "
+                "float16 or bfloat16. Export it again: `gemma-deploy export CHECKPOINT --output BUNDLE "
+                "--force --fp16` (or --bf16)"
+            )
+        # A bundle is replaced as a whole: what it has besides is asked for again.
+        wanted = [x for x in LOWERINGS if x == lowering or x in self.graphs]
+        options = " ".join(f"--graphs {x}" for x in wanted if x != "onnxruntime")
+        dtype = "" if self.formats else f"--dtype {self.precision.weights} "
+        others = " with the options it was made with" if self.formats else ""
+        raise BundleError(
+            f"the bundle has no {lowering} graphs, only {', '.join(self.lowerings)}. Export it again: "
+            f"`gemma-deploy export CHECKPOINT --output BUNDLE --force {dtype}{options}`{others}"
+        )
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        body = {
+            "format_version": FORMAT_VERSION,
+            "model": self.config.to_dict(),
+            "precision": dataclasses.asdict(self.precision),
+            "graphs": {
+                graph_name(phase, lowering): {
+                    "path": self.graphs[lowering][phase],
+                    **_spec_json(self.spec(phase, lowering)),
+                }
+                for lowering in self.lowerings
+                for phase in PHASES
+            },
+            "weights": self.weights,
+            "quantization": {
+                "method": self.method,
+                "formats": {name: str(text) for name, text in self.formats.items()},
+            }
+            if self.formats
+            else None,
+            "scaling": None if self.scaling is None else self.scaling.to_dict(),
+            "tokenizer": list(self.tokenizer),
+            "generation": self.generation,
+            "limits": {"max_seq_len": self.max_seq_len},
+            "files": {path: dataclasses.asdict(record) for path, record in self.files.items()},
+            "versions": dict(self.versions),
+        }
+        return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(raw: Mapping[str, Any], folder: Path) -> Manifest:
+    """Read the contents of a `manifest.json`.
+
+    Args:
+        raw: The parsed JSON.
+        folder: Where it was, for messages.
+
+    Raises:
+        BundleError: It is not one, or contradicts itself.
+        BundleVersionError: A format this version does not know.
+    """
+    _check_version(raw.get("format_version"), folder)
+    try:
+        manifest = _parsed(raw)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        ConfigError,
+        RequestError,
+    ) as err:
+        raise BundleError(
+            f"manifest.json is damaged ({type(err).__name__}: {err}): export the bundle again"
+        ) from err
+    for lowering in manifest.lowerings:
+        for phase in PHASES:
+            name = graph_name(phase, lowering)
+            stated = {key: raw["graphs"][name].get(key) for key in ("inputs", "outputs")}
+            if stated != _spec_json(manifest.spec(phase, lowering)):
+                raise BundleError(
+                    f"manifest.json: the inputs and outputs of the {name} graph are not those of the "
+                    "model it describes: export the bundle again"
+                )
+    return manifest
+
+
+def _parsed(raw: Mapping[str, Any]) -> Manifest:
+    precision = Precision(**raw["precision"])
+    for dtype in dataclasses.astuple(precision):
+        if dtype not in get_args(DType):
+            raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision")
+    config = GemmaConfig.from_dict(raw["model"])
+    quantization = raw.get("quantization") or {}
+    return Manifest(
+        config=config,
+        precision=precision,
+        graphs=_parse_graphs(raw["graphs"]),
+        weights=str(raw["weights"]),
+        formats={
+            name: WeightFormat.parse(text) for name, text in quantization.get("formats", {}).items()
+        },
+        method=quantization.get("method"),
+        scaling=_scaling(raw),
+        tokenizer=tuple(map(str, raw["tokenizer"])),
+        generation=None if raw["generation"] is None else str(raw["generation"]),
+        max_seq_len=_max_seq_len(raw["limits"]["max_seq_len"], config),
+        files={
+            path: FileRecord(size_bytes=int(record["size_bytes"]), sha256=record["sha256"])
+            for path, record in raw["files"].items()
+        },
+        versions=dict(raw["versions"]),
+    )
+
+
+def _scaling(raw: Mapping[str, Any]) -> "ResidualScaling | None":
+    scaling = raw.get("scaling")
+    if scaling is None:
+        return None
+    from gemma_deploy.residual_scaling import ResidualScaling
+
+    return ResidualScaling.from_dict(scaling)
+
+
+def _check_version(version: object, folder: Path) -> None:
+    if not _is_positive_int(version):
+        raise BundleError(
+            f"{folder / MANIFEST_FILE} has format_version {version!r}, expected a whole number from "
+            "1: not a gemma-deploy manifest; export the bundle again"
+        )
+    if version > FORMAT_VERSION:
+        raise BundleVersionError(
+            f"{folder} has bundle format {version}, this gemma-deploy reads up to "
+            f"{FORMAT_VERSION}: upgrade with `pip install --upgrade gemma-deploy`"
+        )
+
+
+def _parse_graphs(raw: Mapping[str, Any]) -> dict[Lowering, dict[Phase, str]]:
+    """Return the paths of the graphs; a lowering is there with all its phases or not at all."""
+    return {
+        lowering: {phase: str(raw[graph_name(phase, lowering)]["path"]) for phase in PHASES}
+        for lowering in LOWERINGS
+        if lowering == "onnxruntime" or any(graph_name(phase, lowering) in raw for phase in PHASES)
+    }
+
+
+def _max_seq_len(value: object, config: GemmaConfig) -> int:
+    limit = config.max_position_embeddings
+    if not _is_positive_int(value) or value > limit:
+        raise ValueError(f"max_seq_len is {value!r}, expected a whole number from 1 to {limit}")
+    return value
+
+
+def _is_positive_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _spec_json(spec: GraphSpec) -> dict[str, Any]:
+    body = dataclasses.asdict(spec)
+    del body["phase"]
+    return cast(dict[str, Any], json.loads(json.dumps(body)))
