@@ -73,7 +73,7 @@ class Precision:
     """The dtypes of a bundle.
 
     Attributes:
-        weights: What the weights are stored in.
+        weights: What the matrices are stored in that are not quantized.
         activations: What the graphs compute in (norms and logits are always float32).
         cache: What the KV cache holds.
     """
@@ -83,19 +83,37 @@ class Precision:
     cache: DType
 
     @classmethod
-    def of(cls, dtype: DType) -> "Precision":
+    def of(cls, dtype: DType, cache: DType | None = None) -> "Precision":
         """Return the precision that `export --dtype` means.
 
         ONNX Runtime has no bfloat16 matrix product on a CPU, so a bfloat16 bundle keeps its weights
         in bfloat16 and computes in float32.
+
+        Args:
+            dtype: What the weights are stored in.
+            cache: What the KV cache holds; None for what the graphs compute in.
         """
         compute: DType = "float32" if dtype == "bfloat16" else dtype
-        return cls(weights=dtype, activations=compute, cache=compute)
+        return cls(weights=dtype, activations=compute, cache=cache or compute)
+
+    @classmethod
+    def of_quantized(cls, dtype: DType | None, cache: DType | None = None) -> "Precision":
+        """Return the precision that `export --dtype` means for a bundle with quantized weights.
+
+        Args:
+            dtype: What graphs compute in. None for float32, in which a CPU is fastest, and float16
+                on TensorRT.
+            cache: What the KV cache holds; None for what the graphs compute in.
+        """
+        if dtype is not None:
+            return cls.of(dtype, cache)
+        return cls(weights="float16", activations="float32", cache=cache or "float32")
 
     def of_lowering(self, lowering: Lowering) -> "Precision":
         """Return what the graphs of a lowering compute in and cache, over the same weights.
 
-        TensorRT computes and caches in the weights' dtype; every other graph as the bundle says.
+        TensorRT computes and caches in the dense weights' dtype; every other graph as the bundle
+        says.
         """
         if lowering != "tensorrt":
             return self
