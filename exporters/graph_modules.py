@@ -18,6 +18,7 @@ from gemma_deploy.ops.static_cache_attention import (
     StaticCacheAttentionAttributes,
     static_cache_attention,
 )
+from gemma_deploy.residual_scaling import ResidualScaling
 
 
 class StaticCacheModule(nn.Module):
@@ -115,19 +116,27 @@ class DecodeModule(StaticCacheModule):
         return (self.causal_lm.logits(hidden), *updated)
 
 
-def meta_model(config: GemmaConfig, dtype: torch.dtype) -> GemmaForCausalLM:
+def meta_model(
+    config: GemmaConfig, dtype: torch.dtype, scaling: ResidualScaling | None = None
+) -> GemmaForCausalLM:
     """Build the model on the meta device, as exported graphs hold it: no weights, norms folded.
 
     Args:
         config: The model.
         dtype: What its matrices multiply in; norms stay float32, their scales folded to 1 + w.
+        scaling: What its weights are divided by; None for nothing. Epsilons and the embedding's
+            multiplier follow it here.
     """
     with torch.device("meta"):
         model = GemmaForCausalLM(config).to(dtype).eval()
-    for module in model.modules():
+    if scaling is not None:
+        model.model.divide_embeddings(scaling.embedding_divisor)
+    for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             module.is_folded = True
             module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
+            if scaling is not None:
+                module.eps = scaling.norm_eps(f"{name}.weight")
     return model
 
 

@@ -19,6 +19,8 @@ from gemma_deploy.errors import ExportError
 from gemma_deploy.exporters.graph_modules import DecodeModule, PrefillModule, meta_model
 from gemma_deploy.exporters.lowering.traced_ops import translation_table
 from gemma_deploy.graph_spec import DType, GraphSpec, Phase, TensorSpec, graph_spec
+from gemma_deploy.model import GemmaForCausalLM
+from gemma_deploy.residual_scaling import ResidualScaling
 
 # Of the translation; lowerings state the version of what they write. All ops that torch's exporter
 # uses here are the same from 23 to 24.
@@ -27,13 +29,16 @@ _OPSET_VERSION = 23
 _TRACED_SIZES = {"B": 2, "S": 3, "L": 2, "T": 8}
 
 
-def trace_model(config: GemmaConfig, phase: Phase, activations: DType) -> ir.Model:
+def trace_model(
+    config: GemmaConfig, phase: Phase, activations: DType, scaling: ResidualScaling | None = None
+) -> ir.Model:
     """Return the model of a phase as ONNX, its traced ops not yet lowered.
 
     Args:
         config: The model.
         phase: `prefill` or `decode`.
         activations: What it computes in and caches.
+        scaling: What its weights are divided by; None for nothing.
 
     Returns:
         Inputs and outputs are named and typed as in `graph_spec`. Initializers have no values, and
@@ -43,7 +48,8 @@ def trace_model(config: GemmaConfig, phase: Phase, activations: DType) -> ir.Mod
         ExportError: torch could not export or translate the model.
     """
     spec = graph_spec(config, phase, activations)
-    model = _translate(_trace(config, spec, activations))
+    meta = meta_model(config, _torch_dtype(activations), scaling)
+    model = _translate(_trace(meta, spec))
     _name_interface(model.graph, spec)
     return model
 
@@ -53,10 +59,10 @@ def ir_dtype(name: str) -> ir.DataType:
     return ir.DataType[{"float32": "FLOAT"}.get(name, name.upper())]
 
 
-def _trace(config: GemmaConfig, spec: GraphSpec, activations: DType) -> ExportedProgram:
-    """Export the phase's module on the meta device, with the spec's symbolic dims."""
+def _trace(meta: GemmaForCausalLM, spec: GraphSpec) -> ExportedProgram:
+    """Export the phase's module of a model on the meta device, with the spec's symbolic dims."""
     module_class = PrefillModule if spec.phase == "prefill" else DecodeModule
-    module = module_class(meta_model(config, _torch_dtype(activations)))
+    module = module_class(meta)
     dims = {letter: Dim(letter) for letter in ("B", "S", "L", "T")}
     arguments = tuple(_example(tensor) for tensor in spec.inputs)
     dynamic = [

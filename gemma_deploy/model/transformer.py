@@ -120,6 +120,10 @@ class GemmaModel(nn.Module):
         embedded: Tensor = self.embed_tokens(input_ids)
         return embedded * self._embed_scales[weight.dtype]
 
+    def divide_embeddings(self, divisor: float) -> None:
+        """Let `embed` return scaled embeddings divided by a power of two."""
+        self._embed_scales = {dtype: x / divisor for dtype, x in self._embed_scales.items()}
+
     def decode_layers(
         self,
         hidden: Tensor,
