@@ -14,9 +14,10 @@ from onnx_ir.passes import common as passes
 from gemma_deploy.bundle import WEIGHTS_FILE
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.lowering.lower import lower
+from gemma_deploy.exporters.lowering.quantized_weight import QuantizedWeight
 from gemma_deploy.exporters.tracing import ir_dtype
 from gemma_deploy.exporters.weights import StoredTensor, stored_name
-from gemma_deploy.graph_spec import DType, Lowering
+from gemma_deploy.graph_spec import Lowering, Precision, cache_names
 from gemma_deploy.model.rotary import inverse_frequencies
 
 _FREQUENCIES = "frequencies."
@@ -25,7 +26,7 @@ _FREQUENCIES = "frequencies."
 def write_graph(
     traced: ir.Model,
     lowering: Lowering,
-    activations: DType,
+    precision: Precision,
     config: GemmaConfig,
     weights: Mapping[str, tuple[StoredTensor, int]],
     path: Path,
@@ -35,44 +36,63 @@ def write_graph(
     Args:
         traced: From `trace_model`; not changed.
         lowering: What the graph is written for.
-        activations: What it was traced in.
+        precision: What the graphs of the lowering compute in, as they were traced, and cache.
         config: The model.
         weights: Every tensor of the weights file with its offset, by name.
         path: The file to create, in the folder of the weights file.
     """
     model = traced.clone()
-    _externalize(model.graph, config, weights)
-    lower(model, lowering, ir_dtype(activations))
+    _retype_caches(model.graph, config, ir_dtype(precision.cache))
+    quantized = _externalize(model.graph, config, weights)
+    lower(model, lowering, ir_dtype(precision.activations), quantized)
     _tidy(model)
     model.producer_name, model.producer_version = "gemma-deploy", None
     ir.save(model, path)
 
 
+def _retype_caches(graph: ir.Graph, config: GemmaConfig, dtype: ir.DataType) -> None:
+    """Give the caches their dtype: they were traced in that of the activations."""
+    layers = range(config.num_hidden_layers)
+    names = {name for layer in layers for pair in cache_names(layer) for name in pair}
+    for value in (*graph.inputs, *graph.outputs):
+        if value.name in names:
+            value.dtype = dtype
+
+
 def _externalize(
     graph: ir.Graph, config: GemmaConfig, weights: Mapping[str, tuple[StoredTensor, int]]
-) -> None:
-    """Point every initializer at its bytes in the weights file; frequencies go into the graph."""
+) -> dict[ir.Value, QuantizedWeight]:
+    """Point every initializer at its bytes in the weights file; frequencies go into the graph.
+
+    Returns:
+        The values of quantized weights, which have no one form: they are initializers no more.
+    """
+    quantized = {}
     for traced_name, value in list(graph.initializers.items()):
         name = traced_name.removeprefix("causal_lm.")
+        del graph.initializers[traced_name]
         if name.startswith(_FREQUENCIES):
             rope = config.rope_parameters[name.removeprefix(_FREQUENCIES)]  # type: ignore[index]  # the key is a layer type
             table = inverse_frequencies(rope, config.head_dim, torch.device("cpu"))
-            constant = ir.tensor(table.numpy(), name=name)
+            constant: ir.TensorProtocol = ir.tensor(table.numpy(), name=name)
         else:
-            constant = _external(weights, name, config)
-        del graph.initializers[traced_name]
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                name = "model.embed_tokens.weight"
+            stored, offset = weights[stored_name(name)]
+            if stored.format.is_quantized:
+                quantized[value] = QuantizedWeight(
+                    stored.format, stored.parts, WEIGHTS_FILE, offset
+                )
+                continue
+            constant = _external(stored, offset)
         value.name = constant.name
         value.const_value = constant
         value.dtype, value.shape = constant.dtype, ir.Shape(constant.shape.numpy())
         graph.initializers.add(value)
+    return quantized
 
 
-def _external(
-    weights: Mapping[str, tuple[StoredTensor, int]], name: str, config: GemmaConfig
-) -> ir.ExternalTensor:
-    if name == "lm_head.weight" and config.tie_word_embeddings:
-        name = "model.embed_tokens.weight"
-    stored, offset = weights[stored_name(name)]
+def _external(stored: StoredTensor, offset: int) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         location=WEIGHTS_FILE,
         offset=offset,

@@ -14,7 +14,13 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from gemma_deploy.exporters.lowering.nodes import NodeWriter
-from gemma_deploy.exporters.lowering.traced_ops import attributes_of, inputs_of, num_heads_of
+from gemma_deploy.exporters.lowering.standard_ops import cast_all
+from gemma_deploy.exporters.lowering.traced_ops import (
+    attributes_of,
+    cache_dtype_of,
+    inputs_of,
+    num_heads_of,
+)
 
 OPSETS = {"": 23, "com.microsoft": 1}
 
@@ -33,8 +39,8 @@ def linear(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequen
     return [write.op("Add", product, bias[0]) if bias else product]
 
 
-def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Sequence[ir.Value]:
-    """Write `ATTENTION` as RotaryEmbedding and GroupQueryAttention.
+def attention(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequence[ir.Value]:
+    """Write `ATTENTION` as RotaryEmbedding and GroupQueryAttention, this in the cache's dtype.
 
     Every row counts as input_pos + S tokens long, padding included: what padding writes into the
     cache lies beyond the row's true length and is overwritten by its next token.
@@ -46,11 +52,14 @@ def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Se
     tokens = write.op("Shape", cos, start=1, end=2)
     total = write.op("Add", input_pos, tokens)  # [B]
     last = write.op("Sub", total, write.int64(1))
+    cache_dtype = cache_dtype_of(node)
+    rotated = (
+        write.op("RotaryEmbedding", _flat(write, x), cos, sin, num_heads=heads)
+        for x, heads in ((query, num_heads), (key, num_kv_heads))
+    )
     output, present_key, present_value = write.ops(
         "GroupQueryAttention",
-        write.op("RotaryEmbedding", _flat(write, query), cos, sin, num_heads=num_heads),
-        write.op("RotaryEmbedding", _flat(write, key), cos, sin, num_heads=num_kv_heads),
-        _flat(write, value),
+        *cast_all(write, [*rotated, _flat(write, value)], activations, cache_dtype),
         key_cache,
         value_cache,
         write.op("Cast", last, to=ir.DataType.INT32.value),
@@ -65,6 +74,7 @@ def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Se
         local_window_size=attributes.sliding_window or -1,
     )
     output = write.op("Reshape", output, write.int64(0, 0, num_heads, -1))  # [B, S, N, H]
+    (output,) = cast_all(write, [output], cache_dtype, activations)
     return output, present_key, present_value
 
 

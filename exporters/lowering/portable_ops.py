@@ -11,19 +11,20 @@ import onnx_ir as ir
 from gemma_deploy.exporters.lowering.nodes import NodeWriter
 from gemma_deploy.exporters.lowering.standard_ops import (
     OPSET_VERSION,
+    cast_all,
     masked_attention,
     rotated_and_cached,
     visible,
 )
-from gemma_deploy.exporters.lowering.traced_ops import attributes_of, inputs_of
+from gemma_deploy.exporters.lowering.traced_ops import attributes_of, cache_dtype_of, inputs_of
 
 OPSETS = {"": OPSET_VERSION}
 
 
-def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Sequence[ir.Value]:
+def attention(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequence[ir.Value]:
     """Write `ATTENTION` as RotaryEmbedding, TensorScatter and Attention."""
     attributes = attributes_of(node)
-    query, key_cache, value_cache = rotated_and_cached(write, node)
+    query, key_cache, value_cache = rotated_and_cached(write, node, activations)
     window = attributes.sliding_window
     mask = visible(
         write,
@@ -41,4 +42,5 @@ def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Se
         scale=attributes.scale,
         softcap=attributes.softcap,
     )
+    (output,) = cast_all(write, [output], cache_dtype_of(node), activations)
     return output, key_cache, value_cache

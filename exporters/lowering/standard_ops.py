@@ -5,7 +5,7 @@ What reads traced nodes imports torch; what writes masks, which engines are buil
 Operators: https://onnx.ai/onnx/operators/ (opset 24: TensorScatter, Attention, RotaryEmbedding).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -38,16 +38,18 @@ def embedding(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Seq
     return [rows if weight.dtype == activations else write.op("Cast", rows, to=activations.value)]
 
 
-def rotated_and_cached(write: NodeWriter, node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+def rotated_and_cached(
+    write: NodeWriter, node: ir.Node, activations: ir.DataType
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Write the part of `ATTENTION` before attention itself: RotaryEmbedding and TensorScatter.
 
     A cache goes from the graph's input into TensorScatter and from there to the graph's output,
     which is the only form that TensorRT updates in place.
 
     Returns:
-        The rotated query [B, S, N, H] and the updated caches [B, K, T, H].
+        The rotated query [B, S, N, H] and the updated caches [B, K, T, H], all in the cache's dtype.
     """
-    from gemma_deploy.exporters.lowering.traced_ops import inputs_of, num_heads_of
+    from gemma_deploy.exporters.lowering.traced_ops import cache_dtype_of, inputs_of, num_heads_of
 
     query, key, value, key_cache, value_cache, cos, sin, input_pos = inputs_of(node)
     flat = write.op("Reshape", query, write.int64(0, 0, -1))
@@ -56,11 +58,21 @@ def rotated_and_cached(write: NodeWriter, node: ir.Node) -> tuple[ir.Value, ir.V
     rotated = write.op("Reshape", rotated, write.int64(0, 0, num_heads, -1))
     key = write.op("RotaryEmbedding", write.op("Transpose", key, perm=_TRANSPOSED), cos, sin)
     value = write.op("Transpose", value, perm=_TRANSPOSED)
+    rotated, key, value = cast_all(write, (rotated, key, value), activations, cache_dtype_of(node))
     return (
         rotated,
         write.op("TensorScatter", key_cache, key, input_pos, axis=2),
         write.op("TensorScatter", value_cache, value, input_pos, axis=2),
     )
+
+
+def cast_all(
+    write: NodeWriter, values: Iterable[ir.Value], source: ir.DataType, target: ir.DataType
+) -> list[ir.Value]:
+    """Return values of one dtype in another: themselves where it is the same."""
+    if source == target:
+        return list(values)
+    return [write.op("Cast", value, to=target.value) for value in values]
 
 
 def visible(

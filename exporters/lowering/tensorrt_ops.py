@@ -17,9 +17,9 @@ from gemma_deploy.exporters.lowering.traced_ops import attributes_of, inputs_of
 OPSETS = {"": OPSET_VERSION, gemma_attention.DOMAIN: 1}
 
 
-def attention(write: NodeWriter, node: ir.Node, _activations: ir.DataType) -> Sequence[ir.Value]:
+def attention(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Sequence[ir.Value]:
     """Write `ATTENTION` as RotaryEmbedding, TensorScatter and GemmaAttention."""
-    query, key_cache, value_cache = rotated_and_cached(write, node)
+    query, key_cache, value_cache = rotated_and_cached(write, node, activations)
     input_pos = write.op("Cast", inputs_of(node)[-1], to=ir.DataType.INT32.value)
     output = write.op(
         gemma_attention.OP_TYPE,

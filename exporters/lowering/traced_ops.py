@@ -59,6 +59,11 @@ def num_heads_of(x: ir.Value) -> int:
     return cast(int, cast(ir.Shape, x.shape)[2])
 
 
+def cache_dtype_of(node: ir.Node) -> ir.DataType:
+    """Return what the caches hold that a node of the op `ATTENTION` updates."""
+    return cast(ir.DataType, inputs_of(node)[INPUTS.index("key_cache")].dtype)
+
+
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     inputs = (x, weight) if bias is None else (x, weight, bias)
     return (_LINEAR if bias is None else _LINEAR_WITH_BIAS)(*inputs)

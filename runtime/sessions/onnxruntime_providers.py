@@ -21,6 +21,8 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 """What ONNX Runtime raises: its exceptions have no common base, and some are plain RuntimeErrors."""
 
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+# Weights of portable graphs are then dequantized once, when they are loaded, not at every step.
+_FOLD_DEQUANTIZATION = ("session.disable_quant_qdq", "1")
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # ONNX Runtime's log severities; warnings (2) are its default.
 _WARNINGS, _ERRORS, _FATAL = 2, 3, 4
@@ -52,6 +54,7 @@ def create_inference_session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS
+    options.add_session_config_entry(*_FOLD_DEQUANTIZATION)
     if threads is not None:
         options.intra_op_num_threads = threads
     if model is not None:

@@ -26,7 +26,7 @@ from gemma_deploy.errors import (
     TokenizerError,
 )
 from gemma_deploy.exporters.export import export_checkpoint
-from gemma_deploy.graph_spec import LOWERINGS, PHASES, DType, Lowering, Phase
+from gemma_deploy.graph_spec import LOWERINGS, PHASES, DType, Lowering, Phase, Precision
 
 TinyFolders = Callable[..., Path]
 
@@ -286,9 +286,9 @@ def test_graphs_of_the_lowerings_asked_for(
         traced.append(activations)
         return activations
 
-    def write(model: str, lowering: Lowering, activations: DType, *rest: Any) -> None:
-        assert model == activations
-        assert (activations == dtype) or (lowering != "tensorrt")
+    def write(model: str, lowering: Lowering, precision: Precision, *rest: Any) -> None:
+        assert model == precision.activations
+        assert (precision.activations == dtype) or (lowering != "tensorrt")
         rest[-1].write_text(lowering)
 
     monkeypatch.setattr("gemma_deploy.exporters.export.trace_model", trace)

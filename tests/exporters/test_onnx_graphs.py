@@ -306,7 +306,7 @@ def test_small_weights_are_neither_read_nor_merged(
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(4096 * len(plan) + 1_000_000))
     monkeypatch.chdir(tmp_path)
     traced = trace_model(checkpoint.config, "decode", precision.activations)
-    arguments = (precision.activations, checkpoint.config, weights, tmp_path / "decode.onnx")
+    arguments = (precision, checkpoint.config, weights, tmp_path / "decode.onnx")
     write_graph(traced, "onnxruntime", *arguments)
     graph = onnx.load(tmp_path / "decode.onnx", load_external_data=False).graph
     assert weights.keys() <= {tensor.name for tensor in graph.initializer}
