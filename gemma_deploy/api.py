@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
     from gemma_deploy.engine import EngineFolder
     from gemma_deploy.exporters.engine import BuildOptions
+    from gemma_deploy.exporters.quantization.options import QuantizationOptions
     from gemma_deploy.graph_spec import DType, Lowering
     from gemma_deploy.runtime.pipeline import TextGenerationPipeline
     from gemma_deploy.runtime.text_generator import TextGenerator
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 TASK = "text-generation"
 
 
-def export(
+def export(  # noqa: PLR0913  # a keyword for each decision
     checkpoint: str | Path,
     output: str | Path,
     *,
     dtype: DType | None = None,
+    cache_dtype: DType | None = None,
     graphs: Iterable[Lowering] | None = None,
+    quantization: QuantizationOptions | None = None,
+    calibration_text: str | Path | None = None,
+    is_calibrated: bool = True,
     force: bool = False,
     on_progress: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Bundle:
@@ -35,25 +40,33 @@ def export(
     Args:
         checkpoint: Folder in Hugging Face layout.
         output: The bundle folder to create; it appears whole or not at all.
-        dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own.
+        dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own. With
+            `quantization` what to compute in; None then means float32, and float16 on TensorRT.
+        cache_dtype: What the KV cache holds, but on TensorRT; None for what graphs compute in.
         graphs: What to write graphs for: any of `onnxruntime` (always written), `tensorrt` and
-            `portable` (standard ONNX operators only). None means `onnxruntime` and, unless the
-            bundle is in float32, which no engine computes in, `tensorrt`.
+            `portable` (standard ONNX operators only). None means `onnxruntime` and, unless no
+            engine can have them (in float32, or with nf4 weights), `tensorrt`.
+        quantization: What matrices to quantize, and how: `QuantizationOptions(scheme="int4")`.
+        calibration_text: A UTF-8 text file to measure activations on; None for the built-in text.
+        is_calibrated: Whether the model is run to find what overflows float16; else that is bounded
+            by the weights.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called with what is being done, how much is done and how much there is.
 
     Raises:
         CheckpointError: Weights missing, truncated, of the wrong shape or dtype.
         ConfigError: Another model family.
-        RequestError: `checkpoint` is not there, another dtype, or other graphs.
+        RequestError: `checkpoint` or the text is not there or too short, another dtype, other
+            graphs, or quantization that the model's sizes do not allow.
         OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
         ExportError: `output` cannot be written, or the export failed.
     """
     from gemma_deploy.exporters.export import export_checkpoint
     from gemma_deploy.graph_spec import DTYPE_BYTES, LOWERINGS
 
-    if dtype is not None and dtype not in DTYPE_BYTES:
-        raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPE_BYTES)}, or None")
+    for name, given in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if given is not None and given not in DTYPE_BYTES:
+            raise RequestError(f"{name} is {given!r}; expected {', '.join(DTYPE_BYTES)}, or None")
     if graphs is not None:
         graphs = tuple(graphs)
         for name in graphs:
@@ -68,7 +81,9 @@ def export(
         Path(checkpoint),
         Path(output),
         dtype=dtype,
+        cache_dtype=cache_dtype,
         graphs=graphs,
+        quantization=quantization,
         force=force,
         on_progress=on_progress,
     )

@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+from gemma_deploy.cli.quantization_options import parse_quantization, quantization_options
 
 if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
@@ -26,10 +27,17 @@ Examples:
   gemma-deploy export google/gemma-2b --output gemma-2b --fp16
   gemma-deploy export google/gemma-3-1b-it --revision main --output gemma-3-1b --bf16
   gemma-deploy export ~/models/gemma-2b --output gemma-2b --graphs portable
+  gemma-deploy export ~/models/gemma-2b --output gemma-2b --int4
+  gemma-deploy export ~/models/gemma-2b --output gemma-2b --int4 --method gptq
+  gemma-deploy export ~/models/gemma-2b --output gemma-2b --auto --max-size 2GB
 
-A float16 bundle may overflow beyond 65,504 where the checkpoint did not. A run on a CPU does not show
-that it will not on CUDA: ONNX Runtime's CPU multiplies matrices in float32. --bf16 and --fp32 keep
-float32's range.
+Gemma's activations can grow beyond float16's 65,504. Where anything computes in float16 (--fp16; the
+TensorRT graphs of quantized bundles), the model first reads a text in float32, one layer in memory at
+a time, and what would overflow is divided by powers of two that the next norm takes out again: exact,
+and free at run time. A table of the peaks and divisors is printed, and kept in the bundle.
+
+An interrupted calibration (--method awq or gptq, --auto) continues when the same command runs again;
+until then its results are kept in BUNDLE.calibration.
 
 A hub id needs `pip install "gemma-deploy[hub]"`; HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
 A folder of that name wins over the hub.
@@ -48,12 +56,33 @@ A folder of that name wins over the hub.
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="What to store the weights in. float32 and float16 compute in the same; bfloat16 computes "
-    "in float32, since a CPU has no bfloat16 products, but on TensorRT. [default: the checkpoint's "
-    "own]",
+    "in float32, since a CPU has no bfloat16 products, but on TensorRT. With quantized weights: what "
+    "to compute in. [default: the checkpoint's own; with quantized weights float32, and float16 on "
+    "TensorRT]",
 )
 @click.option("--fp32", is_flag=True, help="Short for --dtype float32.")
 @click.option("--fp16", is_flag=True, help="Short for --dtype float16.")
 @click.option("--bf16", is_flag=True, help="Short for --dtype bfloat16.")
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["float32", "float16"]),
+    help="What the KV cache holds. On TensorRT it is what the graphs compute in. [default: what the "
+    "graphs compute in]",
+)
+@quantization_options
+@click.option(
+    "--calibration-text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="UTF-8 text to measure activations on, of the kind the model will read. [default: a "
+    "built-in one]",
+)
+@click.option(
+    "--no-calibration",
+    is_flag=True,
+    help="Do not run the model: bound float16's peaks by the weights alone, which is quicker and "
+    "scales more than it must.",
+)
 @click.option(
     "--graphs",
     type=click.Choice(["onnxruntime", "tensorrt", "portable"]),
@@ -81,10 +110,14 @@ def command(
     fp32: bool,
     fp16: bool,
     bf16: bool,
+    cache_dtype: "DType | None",
+    calibration_text: Path | None,
+    no_calibration: bool,
     graphs: "tuple[Lowering, ...]",
     force: bool,
     revision: str | None,
     as_json: bool,
+    **quantization: Any,
 ) -> None:
     """Turn the Gemma checkpoint CHECKPOINT into the bundle BUNDLE.
 
@@ -94,6 +127,7 @@ def command(
     checkpoint nor torch to run.
     """
     wanted = _dtype({"float32": fp32, "float16": fp16, "bfloat16": bf16}, dtype)
+    options = parse_quantization(quantization)
     from gemma_deploy import api
     from gemma_deploy.engine import ENGINES_FOLDER
     from gemma_deploy.errors import RequestError
@@ -118,7 +152,11 @@ def command(
             folder,
             output,
             dtype=wanted,
+            cache_dtype=cache_dtype,
             graphs=graphs or None,
+            quantization=options,
+            calibration_text=calibration_text,
+            is_calibrated=not no_calibration,
             force=force,
             on_progress=on_progress,
         )

@@ -1,0 +1,171 @@
+"""The files of a bundle, written as planned: `write_bundle`."""
+
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_files import is_licence
+from gemma_deploy.exporters.onnx_graphs import write_graph
+from gemma_deploy.exporters.tracing import trace_model
+from gemma_deploy.exporters.weights import StoredTensor, write_weights
+from gemma_deploy.file_records import FileRecord, record_file
+from gemma_deploy.graph_spec import PHASES, DType, Lowering, Phase, Precision, graph_name
+from gemma_deploy.manifest import MANIFEST_FILE, Manifest
+from gemma_deploy.residual_scaling import ResidualScaling
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+OnProgress = Callable[[str, int, int], object]
+"""(what is being done, done, total); bytes while writing weights, steps otherwise."""
+
+_PRODUCERS = (
+    "gemma-deploy",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundlePlan:
+    """All that is decided of a bundle before it is written.
+
+    Attributes:
+        source: The checkpoint.
+        precision: Dtypes of what is not quantized.
+        lowerings: What graphs are written for.
+        tensors: What the weights file holds.
+        prepared: Files of the tensors that calibration has made, by name (`write_weights`).
+        method: What found the codes of quantized matrices; None without any.
+        scaling: What weights are divided by; None for nothing.
+    """
+
+    source: Checkpoint
+    precision: Precision
+    lowerings: tuple[Lowering, ...]
+    tensors: tuple[StoredTensor, ...]
+    prepared: Mapping[str, Path]
+    method: str | None
+    scaling: ResidualScaling | None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+
+def write_bundle(plan: BundlePlan, folder: Path, on_progress: OnProgress) -> None:
+    """Write every file of a bundle, the manifest last.
+
+    Args:
+        plan: What to write.
+        folder: Where; what lies there already becomes part of the bundle.
+        on_progress: Called as the work goes on.
+
+    Raises:
+        CheckpointError: A weight is not finite, or the checkpoint cannot be read.
+        ExportError: A weight is too large for its dtype, or torch failed.
+    """
+    weights, record = _write_weights(plan, folder, on_progress)
+    graphs = _write_graphs(plan, weights, folder, on_progress)
+    on_progress("finishing", len(PHASES), len(PHASES))
+    _write_manifest(plan, graphs, folder, {WEIGHTS_FILE: record})
+
+
+def _write_weights(
+    plan: BundlePlan, folder: Path, on_progress: OnProgress
+) -> tuple[dict[str, tuple[StoredTensor, int]], FileRecord]:
+    total, done = plan.weights_bytes, 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        on_progress("writing weights", done, total)
+
+    written = write_weights(
+        plan.source, plan.tensors, folder / WEIGHTS_FILE, on_bytes, plan.prepared
+    )
+    weights = {tensor.name: (tensor, written.offsets[tensor.name]) for tensor in plan.tensors}
+    return weights, written.record
+
+
+def _write_graphs(
+    plan: BundlePlan,
+    weights: Mapping[str, tuple[StoredTensor, int]],
+    folder: Path,
+    on_progress: OnProgress,
+) -> dict[Lowering, dict[Phase, str]]:
+    """Write every graph; return the files' names. Graphs that compute alike share a trace."""
+    config = plan.source.config
+    files: dict[Lowering, dict[Phase, str]] = {lowering: {} for lowering in plan.lowerings}
+    for step, phase in enumerate(PHASES):
+        on_progress(f"tracing the {phase} graph", step, len(PHASES))
+        traced: dict[DType, ir.Model] = {}
+        for lowering in plan.lowerings:
+            precision = plan.precision.of_lowering(lowering)
+            dtype = precision.activations
+            if dtype not in traced:
+                traced[dtype] = trace_model(config, phase, dtype, plan.scaling)
+            name = f"{graph_name(phase, lowering)}.onnx"
+            write_graph(traced[dtype], lowering, precision, config, weights, folder / name)
+            files[lowering][phase] = name
+    return files
+
+
+def _write_manifest(
+    plan: BundlePlan,
+    graphs: Mapping[Lowering, Mapping[Phase, str]],
+    folder: Path,
+    records: dict[str, FileRecord],
+) -> None:
+    """Copy the small files, measure everything, and write the manifest last."""
+    source = plan.source
+    tokenizer = [_copied(path, folder) for path in GemmaTokenizer.files(source.folder)]
+    generation = source.folder / GENERATION_FILE
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and is_licence(path.name):
+            _copied(path, folder)
+    manifest = Manifest(
+        config=source.config,
+        precision=plan.precision,
+        graphs=graphs,
+        weights=WEIGHTS_FILE,
+        formats={x.name: x.format for x in plan.tensors if x.format.is_quantized},
+        method=plan.method,
+        scaling=plan.scaling,
+        tokenizer=tuple(tokenizer),
+        generation=_copied(generation, folder) if generation.is_file() else None,
+        max_seq_len=source.config.max_position_embeddings,
+        files=records
+        | {
+            path.name: record_file(path)
+            for path in sorted(folder.iterdir())
+            if path.name not in records
+        },
+        versions=_versions(),
+    )
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _copied(path: Path, folder: Path) -> str:
+    shutil.copyfile(path, folder / path.name)
+    return path.name
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PRODUCERS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # one of the two onnxruntime packages is enough
+    return versions
