@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import CheckpointError, ExportError
+from gemma_deploy.errors import CheckpointError, ExportError, RequestError
 from gemma_deploy.exporters.weights import (
     WeightsFile,
     is_norm,
@@ -25,6 +25,9 @@ from gemma_deploy.exporters.weights import (
     write_weights,
 )
 from gemma_deploy.graph_spec import DType, Precision
+from gemma_deploy.quantization.codes import quantize, unpack
+from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.residual_scaling import LayerScaling, ResidualScaling
 
 TinyFolders = Callable[..., Path]
 NARROW_DTYPES: tuple[DType, ...] = ("float16", "bfloat16")
@@ -95,6 +98,86 @@ def test_norms_are_folded_before_they_could_be_rounded(
     write(checkpoint, tmp_path / "w.safetensors", "float16")
     stored = load_file(tmp_path / "w.safetensors")["model.norm.scale"]
     assert torch.equal(stored, torch.full((64,), 1 + 2**-12))
+
+
+def test_quantized_matrices_are_their_codes_and_scales(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of rows are quantized by themselves, whatever their number."""
+    monkeypatch.setattr("gemma_deploy.exporters.weights._BLOCK_BYTES", 1 << 12)
+    texts = ("int4/32", "int8/channel", "nf4/64", "fp8/32")
+    names = [f"model.layers.0.self_attn.{x}_proj.weight" for x in ("q", "k", "v")] + [
+        "model.layers.1.mlp.down_proj.weight"
+    ]
+    formats = {name: WeightFormat.parse(text) for name, text in zip(names, texts, strict=True)}
+    source = Checkpoint.open(tiny_checkpoint("gemma2"))
+    plan = plan_weights(source, Precision.of("float16"), formats)
+    write_weights(source, plan, tmp_path / "w")
+    stored = load_file(tmp_path / "w")
+    original = load_file(tiny_checkpoint("gemma2") / "model.safetensors")
+    for name, weight_format in formats.items():
+        wanted = quantize(original[name], weight_format)
+        codes = unpack(stored[name], weight_format)
+        assert torch.equal(codes.float(), wanted.codes.float()), name
+        assert torch.equal(stored[f"{name}.scales"], wanted.scales), name
+    untouched = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(stored[untouched], original[untouched].half())
+
+
+def test_weights_are_stored_divided(tiny_checkpoint: TinyFolders, tmp_path: Path) -> None:
+    """A power of two leaves codes as they are, and goes into scales and norms exactly."""
+    source = Checkpoint.open(tiny_checkpoint("gemma2"))
+    layer = LayerScaling(value=2, attention=4, up=8, feed_forward=16)
+    scaling = ResidualScaling.of(source.config, 32, (layer,) * source.config.num_hidden_layers)
+    formats = {"model.layers.0.mlp.up_proj.weight": WeightFormat("int4", 32)}
+    for path, divided_by in ((tmp_path / "plain", None), (tmp_path / "divided", scaling)):
+        plan = plan_weights(source, Precision.of("float32"), formats, divided_by)
+        write_weights(source, plan, path)
+    plain, divided = load_file(tmp_path / "plain"), load_file(tmp_path / "divided")
+    divisors = {
+        "self_attn.v_proj.weight": 2,
+        "self_attn.o_proj.weight": 4 / 2,
+        "mlp.up_proj.weight.scales": 8,
+        "mlp.down_proj.weight": 16 / 8,
+        "post_attention_layernorm.scale": 32,
+        "post_feedforward_layernorm.scale": 32,
+    }
+    for name, tensor in plain.items():
+        divisor = divisors.get(name.removeprefix("model.layers.0."), 1)
+        if ".layers." not in name or ".layers.0." in name:
+            assert torch.equal((tensor / divisor).to(tensor.dtype), divided[name]), name
+
+
+def test_prepared_tensors_are_taken_as_they_are(
+    tiny_checkpoint: TinyFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemma_deploy.exporters.weights._BLOCK_BYTES", 1 << 11)
+    source = Checkpoint.open(tiny_checkpoint("gemma2"))
+    matrix, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.scale"
+    prepared = {
+        matrix: torch.arange(128 * 32, dtype=torch.uint8).view(128, 32),
+        f"{matrix}.scales": torch.rand(128, 1).half(),
+        norm: torch.rand(64),
+    }
+    save_file(prepared, tmp_path / "prepared")
+    layer = LayerScaling(up=2)
+    scaling = ResidualScaling.of(source.config, 1, (layer,) * source.config.num_hidden_layers)
+    plan = plan_weights(
+        source, Precision.of("float16"), {matrix: WeightFormat("int4", 64)}, scaling
+    )
+    paths = dict.fromkeys((matrix, norm), tmp_path / "prepared")
+    write_weights(source, plan, tmp_path / "w", prepared=paths)
+    stored = load_file(tmp_path / "w")
+    assert torch.equal(stored[matrix], prepared[matrix])
+    assert torch.equal(stored[f"{matrix}.scales"], prepared[f"{matrix}.scales"] / 2)
+    assert torch.equal(stored[norm], prepared[norm])
+
+
+def test_blocks_that_do_not_divide_rows(tiny_checkpoint: TinyFolders) -> None:
+    source = Checkpoint.open(tiny_checkpoint("gemma1"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(RequestError, match=rf"{name} has rows of 64 .* choose 32 or 64"):
+        plan_weights(source, Precision.of("float16"), {name: WeightFormat("int4", 128)})
 
 
 def test_what_counts_as_a_norm() -> None:
