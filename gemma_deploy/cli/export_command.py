@@ -16,6 +16,7 @@ from gemma_deploy.cli.quantization_options import parse_quantization, quantizati
 if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
     from gemma_deploy.graph_spec import DType, Lowering
+    from gemma_deploy.manifest import Manifest
 
 
 @click.command(
@@ -186,8 +187,13 @@ def _report(bundle: "Bundle", *, as_json: bool) -> None:
         emit_json({"path": str(bundle.folder), "size_bytes": size_bytes, "files": files})
         return
     path = shlex.quote(str(bundle.folder))
-    click.echo(
-        f"{bundle.folder}  {format_bytes(size_bytes)}, weights in {manifest.precision.weights}"
-    )
+    click.echo(f"{bundle.folder}  {format_bytes(size_bytes)}, weights in {_formats(manifest)}")
     verb = 'generate {} "Once upon a time"' if manifest.tokenizer else "inspect {}"
     click.echo(f"Next: gemma-deploy {verb.format(path)}")
+
+
+def _formats(manifest: "Manifest") -> str:
+    """Return what the weights are stored in: `float16`, `int4/32 by gptq, the rest float16`."""
+    quantized = " and ".join(dict.fromkeys(map(str, manifest.formats.values())))
+    dense = manifest.precision.weights
+    return f"{quantized} by {manifest.method}, the rest {dense}" if quantized else dense

@@ -47,7 +47,11 @@ class TestExport:
             "checkpoint": bundle_checkpoint,
             "output": tmp_path / "out",
             "dtype": dtype,
+            "cache_dtype": None,
             "graphs": None,
+            "quantization": None,
+            "calibration_text": None,
+            "is_calibrated": True,
             "force": False,
         }
         first, second = result.stdout.splitlines()
@@ -278,13 +282,10 @@ def recorder(asked: dict[str, object], bundle: Path) -> Callable[..., Bundle]:
         checkpoint: Path,
         output: Path,
         *,
-        dtype: str | None,
-        graphs: tuple[str, ...] | None,
-        force: bool,
         on_progress: Callable[[str, int, int], object],
+        **options: object,
     ) -> Bundle:
-        asked.update({"checkpoint": checkpoint, "output": output, "dtype": dtype})
-        asked.update({"graphs": graphs, "force": force})
+        asked.update({"checkpoint": checkpoint, "output": output, **options})
         for stage, done in (("writing weights", 1), ("writing weights", 2), ("tracing", 1)):
             on_progress(stage, done, 2)
         return Bundle.open(Path(shutil.copytree(bundle, output.parent / "my bundle")))
