@@ -12,6 +12,7 @@ import torch
 from onnx_ir.passes import common as passes
 
 from gemma_deploy.bundle import WEIGHTS_FILE
+from gemma_deploy.checkpoint import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.lowering.lower import lower
 from gemma_deploy.exporters.lowering.quantized_weight import QuantizedWeight
@@ -77,7 +78,7 @@ def _externalize(
             constant: ir.TensorProtocol = ir.tensor(table.numpy(), name=name)
         else:
             if name == "lm_head.weight" and config.tie_word_embeddings:
-                name = "model.embed_tokens.weight"
+                name = EMBEDDING_WEIGHT
             stored, offset = weights[stored_name(name)]
             if stored.format.is_quantized:
                 quantized[value] = QuantizedWeight(

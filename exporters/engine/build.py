@@ -23,7 +23,7 @@ from gemma_deploy.exporters.engine.attention import check_attention, check_plugi
 from gemma_deploy.exporters.engine.builder import OnProgress, check_features
 from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.exporters.engine.process import build_in_child
-from gemma_deploy.exporters.engine.resources import check_resources
+from gemma_deploy.exporters.engine.resources import check_resources, plan_bytes
 from gemma_deploy.exporters.engine.targets import choose_targets
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import PHASES, Phase
@@ -84,8 +84,7 @@ def build_engine(
     existing = None if force else _existing(folder)
     if existing is not None:
         return BuiltEngine(engine=existing, is_new=False)
-    weights_bytes = bundle.manifest.files[bundle.manifest.weights].size_bytes
-    check_resources(bundle.folder, build, weights_bytes)
+    check_resources(bundle.folder, build, plan_bytes(bundle.manifest))
     try:
         # What is there is either to be replaced or damaged.
         with staged_folder(folder, force=True, replaceable=ENGINE_FILE) as staging:
@@ -126,7 +125,8 @@ def plan_build(
     manifest = bundle.manifest
     dtype = manifest.precision_of("tensorrt").activations
     limits = options.limits(manifest)
-    targets = choose_targets(library, options.compute_capabilities, gpus, dtype)
+    schemes = sorted({weight_format.scheme for weight_format in manifest.formats.values()})
+    targets = choose_targets(library, options.compute_capabilities, gpus, (dtype, *schemes))
     check_attention(bundle.config, options.attention, library)
     has_plugin = uses_plugin(bundle.config, options.attention, library)
     if has_plugin and dtype != "float32":

@@ -1,40 +1,45 @@
 """Which GPUs an engine is built for: compute capabilities, asked for or found fit."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.graph_spec import DType
+from gemma_deploy.quantization.formats import Scheme
 from gemma_deploy.tensorrt import TensorRTLibrary
 
 DEFAULT_TARGETS: Final = ("8.6", "8.9", "12.0")
 """What RTX engines are portable across by its own default:
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html"""
 
-_FIRST_WITH: Final[dict[DType, tuple[int, int]]] = {"bfloat16": (8, 0)}
+_FIRST_WITH: Final[dict[DType | Scheme, tuple[int, int]]] = {"bfloat16": (8, 0), "fp8": (8, 9)}
+_INSTEAD_OF: Final[dict[DType | Scheme, str]] = {"bfloat16": "--fp16", "fp8": "--int8"}
 
 
 def choose_targets(
-    library: TensorRTLibrary, asked: Sequence[str], gpus: Sequence[Gpu], dtype: DType
+    library: TensorRTLibrary,
+    asked: Sequence[str],
+    gpus: Sequence[Gpu],
+    dtypes: Collection[DType | Scheme],
 ) -> tuple[str, ...]:
     """Return the compute capabilities to build for, ascending.
 
     TensorRT builds for the GPU of this machine. TensorRT for RTX builds for any that it knows by
-    name, without a GPU too: for those asked for; else for this machine's GPU; else for
-    `DEFAULT_TARGETS`.
+    name, without a GPU too: for those asked for; else for this machine's GPU; else for those of
+    `DEFAULT_TARGETS` that have the dtypes.
 
     Args:
         library: What builds.
         asked: Compute capabilities such as `8.9`; empty for the above.
         gpus: The GPUs of this machine; the library takes the first.
-        dtype: What the engine computes in.
+        dtypes: What the engine computes in, and how its weights are quantized.
 
     Raises:
         BackendUnavailableError: TensorRT without a GPU.
         RequestError: A compute capability that is none, that the library does not know, that it
-            cannot be asked for, or that does not compute in `dtype`.
+            cannot be asked for, or that does not have one of `dtypes`.
     """
     here = ".".join(map(str, gpus[0].compute_capability)) if gpus else None
     if not hasattr(library.module, "ComputeCapability"):
@@ -42,11 +47,12 @@ def choose_targets(
     elif asked:
         chosen = tuple(sorted(set(asked), key=_parsed))
     else:
-        chosen = DEFAULT_TARGETS if here is None else (here,)
+        common = tuple(x for x in DEFAULT_TARGETS if not _missing(x, dtypes))
+        chosen = common if here is None else (here,)
     for target in chosen:
         if hasattr(library.module, "ComputeCapability"):
             _check_known(library, target, here)
-        _check_dtype(target, dtype)
+        _check_dtypes(target, dtypes)
     return chosen
 
 
@@ -86,12 +92,18 @@ def _check_known(library: TensorRTLibrary, target: str, here: str | None) -> Non
     )
 
 
-def _check_dtype(target: str, dtype: DType) -> None:
-    first = _FIRST_WITH.get(dtype)
-    if first is not None and _parsed(target) < first:
+def _missing(target: str, dtypes: Collection[DType | Scheme]) -> list[DType | Scheme]:
+    """Return which of some dtypes GPUs of a compute capability do not have."""
+    return [x for x in dtypes if _parsed(target) < _FIRST_WITH.get(x, (0, 0))]
+
+
+def _check_dtypes(target: str, dtypes: Collection[DType | Scheme]) -> None:
+    for dtype in _missing(target, dtypes):
+        major, minor = _FIRST_WITH[dtype]
         raise RequestError(
-            f"the bundle's engines compute in {dtype}, which GPUs have from compute capability "
-            f"{first[0]}.{first[1]} on, not {target}: export with --fp16, or leave {target} out"
+            f"the bundle's engines need {dtype}, which GPUs have from compute capability "
+            f"{major}.{minor} on, not {target}: export with {_INSTEAD_OF[dtype]}, or leave {target} "
+            "out"
         )
 
 

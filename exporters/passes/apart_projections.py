@@ -36,9 +36,11 @@ def keep_projections_apart(model: ir.Model) -> None:
 
 def _weight_name(product: ir.Node) -> str:
     """Return the name of the weight a product multiplies with; empty if it is none."""
-    right = product.inputs[1]
-    transpose = None if right is None else right.producer()
-    weight = None if transpose is None else transpose.inputs[0]
+    weight = product.inputs[1]
+    for op_type in ("Transpose", "DequantizeLinear"):
+        producer = None if weight is None else weight.producer()
+        if producer is not None and producer.op_type == op_type:
+            weight = producer.inputs[0]
     if weight is None or not weight.is_initializer():
         return ""
     return weight.name or ""

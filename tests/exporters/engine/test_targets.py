@@ -37,7 +37,7 @@ RTX = load_library("tensorrt-rtx")
 def test_rtx_builds_for_what_is_asked_or_here_or_common(
     asked: list[str], gpus: list[Gpu], targets: tuple[str, ...]
 ) -> None:
-    assert choose_targets(RTX, asked, gpus, "bfloat16") == targets
+    assert choose_targets(RTX, asked, gpus, ["bfloat16"]) == targets
 
 
 def test_rtx_names_its_targets() -> None:
@@ -61,25 +61,34 @@ def test_the_defaults_are_known() -> None:
 )
 def test_targets_that_cannot_be_are_refused(asked: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        choose_targets(RTX, ["8.9", asked], [], "bfloat16")
+        choose_targets(RTX, ["8.9", asked], [], ["bfloat16"])
+
+
+def test_fp8_weights_are_for_gpus_that_have_it() -> None:
+    assert choose_targets(RTX, [], [], ["float16", "fp8"]) == ("8.9", "12.0")
+    assert choose_targets(RTX, ["8.9"], [], ["float16", "fp8"]) == ("8.9",)
+    message = r"need fp8, which GPUs have from .* 8.9 on, not 8.6: export with --int8, or leave 8.6"
+    for asked, gpus in ((["12.0", "8.6"], []), ([], [_gpu(8, 6)])):
+        with pytest.raises(RequestError, match=message):
+            choose_targets(RTX, asked, gpus, ["float16", "fp8"])
 
 
 def test_float16_runs_on_older_gpus() -> None:
-    assert choose_targets(RTX, ["7.5"], [], "float16") == ("7.5",)
+    assert choose_targets(RTX, ["7.5"], [], ["float16"]) == ("7.5",)
 
 
 def test_tensorrt_builds_for_the_gpu_here() -> None:
-    assert choose_targets(_tensorrt(), [], [_gpu(9, 0)], "float16") == ("9.0",)
+    assert choose_targets(_tensorrt(), [], [_gpu(9, 0)], ["float16"]) == ("9.0",)
     with pytest.raises(
         RequestError, match=r"tensorrt builds for the GPU of the machine it runs on"
     ):
-        choose_targets(_tensorrt(), ["8.9"], [_gpu(8, 9)], "float16")
+        choose_targets(_tensorrt(), ["8.9"], [_gpu(8, 9)], ["float16"])
     with pytest.raises(RequestError, match=r"bfloat16"):
-        choose_targets(_tensorrt(), [], [_gpu(7, 5)], "bfloat16")
+        choose_targets(_tensorrt(), [], [_gpu(7, 5)], ["bfloat16"])
 
 
 def test_tensorrt_needs_a_gpu() -> None:
     with pytest.raises(
         BackendUnavailableError, match=r"needs a GPU to build.*--backend tensorrt-rtx"
     ):
-        choose_targets(_tensorrt(), [], [], "float16")
+        choose_targets(_tensorrt(), [], [], ["float16"])

@@ -42,6 +42,26 @@ def test_only_the_second_feed_forward_product_gets_an_input_of_its_own() -> None
     assert [read[name] == "x" for name in WEIGHTS] == [True, True, True, False]
 
 
+def test_quantized_products_are_kept_apart_as_well() -> None:
+    model = ir.from_proto(_model())
+    for node in [node for node in model.graph if node.op_type == "Transpose"]:
+        name = str(node.inputs[0] and node.inputs[0].name)
+        codes = ir.tensor(np.zeros((SIZE, SIZE), np.int8), name=f"{name}.int8")
+        scales = ir.tensor(np.ones(SIZE, np.float16), name=f"{name}.scales")
+        values = [
+            ir.Value(name=x.name, type=ir.TensorType(x.dtype), const_value=x)
+            for x in (codes, scales)
+        ]
+        for value in values:
+            model.graph.register_initializer(value)
+        dequantize = ir.node("DequantizeLinear", values, attributes={"axis": 0})
+        model.graph.insert_before(node, dequantize)
+        node.replace_input_with(0, dequantize.outputs[0])
+    keep_projections_apart(model)
+    read = _inputs_of_products(model)
+    assert [read[name] == "x" for name in WEIGHTS] == [True, True, True, False]
+
+
 def test_nothing_else_changes() -> None:
     before = _model()
     model = ir.from_proto(before)
