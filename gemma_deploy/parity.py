@@ -156,9 +156,18 @@ def kl_divergence(reference: FloatArray, candidate: FloatArray) -> npt.NDArray[n
 
     Computed in float64, so that distributions nearly equal do not come out negative.
     """
-    log_p = _log_softmax(reference)
-    kl: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - _log_softmax(candidate))).sum(axis=-1)
+    log_p = log_softmax(reference)
+    kl: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_softmax(candidate))).sum(axis=-1)
     return kl.clip(min=0.0)  # rounding may still leave -1e-17
+
+
+def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Return the log-probabilities, in nats, of logits [P, V]; in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normalized: npt.NDArray[np.float64] = shifted - np.log(
+        np.exp(shifted).sum(axis=-1, keepdims=True)
+    )
+    return normalized
 
 
 def compare(
@@ -216,11 +225,3 @@ def default_tolerance(
     else:
         share = _NARROWED[precision.activations]
     return share * max(float(np.abs(logits).max()) for logits in reference)
-
-
-def _log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    log_softmax: npt.NDArray[np.float64] = shifted - np.log(
-        np.exp(shifted).sum(axis=-1, keepdims=True)
-    )
-    return log_softmax

@@ -12,7 +12,7 @@ ROOMS = {"exporters": "gemma_deploy/exporters", "runtime": "gemma_deploy/runtime
 
 
 def expected_files() -> set[str]:
-    """Return the wheel paths of every Python file of the three rooms."""
+    """Return the wheel paths of every Python and data file of the three rooms."""
     files = set()
     for path in ROOT.glob("gemma_deploy/**/*"):
         relative = path.relative_to(ROOT).as_posix()
@@ -21,7 +21,7 @@ def expected_files() -> set[str]:
             files.add(relative)
     files.add("gemma_deploy/py.typed")
     for room, package in ROOMS.items():
-        for path in (ROOT / room).rglob("*.py"):
+        for path in (*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.txt")):
             files.add(f"{package}/{path.relative_to(ROOT / room).as_posix()}")
     return {file for file in files if "__pycache__" not in file}
 

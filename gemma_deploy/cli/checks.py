@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.cli.console import Progress, format_bytes
-from gemma_deploy.errors import BundleError, GemmaDeployError
+from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError
 
 if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
+    from gemma_deploy.checkpoint import Checkpoint
+    from gemma_deploy.config import GemmaConfig
     from gemma_deploy.engine import EngineFolder
     from gemma_deploy.parity import ParityReport
 
@@ -39,6 +41,21 @@ class Check:
 def passed(name: str, detail: str) -> Check:
     """Return a check that passed."""
     return Check(name=name, is_ok=True, detail=detail)
+
+
+def require_same_model(folder: Path, config: "GemmaConfig", checkpoint: "Checkpoint") -> None:
+    """Refuse a checkpoint that a folder was not made of: its config is another; the dtype may differ.
+
+    Raises:
+        CheckpointError: With the first field that differs.
+    """
+    ours, theirs = config.to_dict(), checkpoint.config.to_dict()
+    for name in ours:
+        if name != "dtype" and ours[name] != theirs[name]:
+            raise CheckpointError(
+                f"{checkpoint.folder} is not what {folder} was made of: its {name} is "
+                f"{theirs[name]}, the bundle's {ours[name]}. Give the checkpoint that was exported"
+            )
 
 
 def check_hashes(folder: "Bundle | EngineFolder", on_progress: Progress, remedy: str) -> str:

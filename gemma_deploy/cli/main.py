@@ -44,6 +44,10 @@ COMMANDS: Final = MappingProxyType(
             module="gemma_deploy.cli.verify_command",
             short_help="Check a bundle: files, graphs, and agreement with its checkpoint.",
         ),
+        "evaluate": LazyCommand(
+            module="gemma_deploy.cli.evaluate_command",
+            short_help="Measure how well a model predicts a text, and how far it is from its checkpoint.",
+        ),
         "doctor": LazyCommand(
             module="gemma_deploy.cli.doctor_command",
             short_help="Tell what this machine can run and how to install what is missing.",

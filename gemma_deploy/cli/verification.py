@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.cli.checks import Check, check_hashes, passed
+from gemma_deploy.cli.checks import Check, check_hashes, passed, require_same_model
 from gemma_deploy.cli.console import Progress, format_bytes
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
 from gemma_deploy.cli.lazy_group import explain_os_error
@@ -95,7 +95,7 @@ class Verification:
         if self.checkpoint is None:
             return (), []
         rows = token_rows(bundle, self.text, self.tokens)
-        _require_same_model(bundle, Checkpoint.open(self.checkpoint))
+        require_same_model(bundle.folder, bundle.config, Checkpoint.open(self.checkpoint))
         import torch
 
         from gemma_deploy.model import GemmaForCausalLM
@@ -197,18 +197,3 @@ def _check_tokenizer(bundle: Bundle) -> str:
         return "none: only token ids can be given"
     size = GemmaTokenizer.from_pretrained(bundle.folder).vocab_size
     return f"{size} tokens, {bundle.config.vocab_size} in the model"
-
-
-def _require_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose config is not the bundle's; the dtype may differ.
-
-    Raises:
-        CheckpointError: With the first field that differs.
-    """
-    ours, theirs = bundle.config.to_dict(), checkpoint.config.to_dict()
-    for name in ours:
-        if name != "dtype" and ours[name] != theirs[name]:
-            raise CheckpointError(
-                f"{checkpoint.folder} is not what {bundle.folder} was made of: its {name} is "
-                f"{theirs[name]}, the bundle's {ours[name]}. Give the checkpoint that was exported"
-            )

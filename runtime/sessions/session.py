@@ -39,11 +39,13 @@ class SessionLimits:
         max_batch_size: Most rows of a step.
         max_seq_len: Most tokens of a row in the KV cache.
         max_step_tokens: Most tokens of a row in one step.
+        max_step_logits: Most positions of a row whose logits one step gives.
     """
 
     max_batch_size: int | None = None
     max_seq_len: int | None = None
     max_step_tokens: int | None = None
+    max_step_logits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class TensorRTSession:
             max_batch_size=limits.max_batch_size,
             max_seq_len=limits.max_seq_len,
             max_step_tokens=limits.max_step_tokens,
+            max_step_logits=limits.max_logits,
         )
         self._cuda = CudaDevice(device.index)
         self._engine = LoadedEngine(library, engine, self._cuda, use_cuda_graph=use_cuda_graph)
