@@ -81,7 +81,11 @@ def load_parameters(
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in materialized:
                 data = torch.empty(parameter.shape, dtype=dtype, device=device)
-                _fill(data, checkpoint, f"{prefix}{module_name}.{name}")
+                _fill(
+                    data,
+                    checkpoint,
+                    f"{prefix}{module_name}.{name}" if module_name else prefix + name,
+                )
                 materialized[id(parameter)] = nn.Parameter(data)
             setattr(module, name, materialized[id(parameter)])
 

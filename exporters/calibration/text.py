@@ -1,0 +1,55 @@
+"""Text to rows of tokens for calibration: `token_rows`."""
+
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from gemma_deploy.errors import RequestError
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+_DEFAULT_TEXT_FILE = "default_text.txt"
+
+
+def default_text() -> str:
+    """Return the built-in text: prose, talk, code, numbers and tables in a dozen languages."""
+    return resources.files(__package__).joinpath(_DEFAULT_TEXT_FILE).read_text(encoding="utf-8")
+
+
+def token_rows(
+    tokenizer: GemmaTokenizer,
+    text: str | None,
+    *,
+    row_tokens: int,
+    min_tokens: int,
+    max_tokens: int,
+) -> Tensor:
+    """Cut a text into rows, each beginning with `<bos>` as the model has it.
+
+    Args:
+        tokenizer: The model's.
+        text: Any text; None for the built-in one.
+        row_tokens: S, most tokens of a row, `<bos>` included.
+        min_tokens: Fewest tokens that are of use.
+        max_tokens: Most that are read; the rest of the text is left out.
+
+    Returns:
+        int64 [R, S], R * S <= max(max_tokens, S); what does not fill a row is left out. A text of
+        less than a row is one shorter row.
+
+    Raises:
+        RequestError: The text has fewer than `min_tokens` tokens.
+    """
+    source = default_text() if text is None else text
+    bos = tokenizer.bos_token_id
+    ids = torch.tensor(tokenizer.encode(source, add_bos=False), dtype=torch.int64)
+    if len(ids) < min_tokens:
+        raise RequestError(
+            f"the {'built-in' if text is None else 'calibration'} text has {len(ids)} tokens of this "
+            f"model; at least {min_tokens} are needed: give a longer text"
+        )
+    head = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    body_tokens = min(row_tokens - len(head), len(ids))
+    num_rows = max(1, min(len(ids) // body_tokens, max_tokens // (body_tokens + len(head))))
+    body = ids[: num_rows * body_tokens].view(num_rows, body_tokens)
+    return torch.cat((head.expand(num_rows, -1), body), dim=1)
