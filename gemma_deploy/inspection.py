@@ -3,19 +3,21 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gemma_deploy import memory
 from gemma_deploy.bundle import Bundle
-from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint, expected_tensors
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
 from gemma_deploy.errors import BundleError, RequestError
-from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision
+from gemma_deploy.graph_spec import DType, Precision
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest
+from gemma_deploy.quantization.formats import STORED_BYTES, WeightFormat, scales_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +31,11 @@ class Inspection:
         precision: Dtypes of a bundle; for a checkpoint, those of the bundle that `export` makes of
             it unless told otherwise.
         parameters: Number of weights; a tied embedding counts once.
-        weights_bytes: Size of the weights as stored.
+        weights_bytes: Size of the weights as stored, scales included.
         bytes_by_group: That size per group of tensors (`memory.GROUPS`).
-        bytes_by_dtype: That size per dtype.
+        bits_by_group: Bits per weight of each group, scales included.
+        bytes_by_dtype: That size per dtype, or per format of quantized matrices.
+        matrices_by_format: How many matrices are quantized, per format.
         files: Size in bytes of each file.
         manifest: All that a bundle says of itself; None for a checkpoint.
         engines: Engines kept in a bundle, the latest built first.
@@ -45,11 +49,18 @@ class Inspection:
     parameters: int
     weights_bytes: int
     bytes_by_group: Mapping[str, int]
-    bytes_by_dtype: Mapping[DType, int]
+    bits_by_group: Mapping[str, float]
+    bytes_by_dtype: Mapping[str, int]
     files: Mapping[str, int]
     manifest: Manifest | None
+    matrices_by_format: Mapping[str, int] = field(default_factory=dict)
     engines: tuple[EngineFolder, ...] = ()
     damaged_engines: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes on average: of all tensors, scales included."""
+        return 8 * self.weights_bytes / self.parameters
 
     @property
     def max_seq_len(self) -> int:
@@ -81,6 +92,7 @@ class Inspection:
         return memory.estimate(
             self.config,
             self.precision,
+            {} if self.manifest is None else self.manifest.formats,
             stored_bytes=stored,
             batch_size=batch_size,
             max_seq_len=max_seq_len,
@@ -97,8 +109,11 @@ class Inspection:
             "parameters": self.parameters,
             "weights": {
                 "size_bytes": self.weights_bytes,
+                "bits_per_weight": self.bits_per_weight,
                 "by_group": dict(self.bytes_by_group),
+                "bits_by_group": dict(self.bits_by_group),
                 "by_dtype": dict(self.bytes_by_dtype),
+                "matrices_by_format": dict(self.matrices_by_format),
             },
             "files": dict(self.files),
             "manifest": None if self.manifest is None else json.loads(self.manifest.to_json()),
@@ -161,19 +176,22 @@ def _engine_summary(engine: EngineFolder) -> dict[str, Any]:
 
 
 def _inspect_bundle(bundle: Bundle) -> Inspection:
-    tensors = _stored_tensors(bundle.weights_path)
     engines, damaged = engines_of(bundle)
     manifest = bundle.manifest
     manifest_bytes = (bundle.folder / MANIFEST_FILE).stat().st_size
+    tensors = _stored_tensors(bundle.weights_path, manifest.formats)
+    by_group = memory.sums_by_group((name, size) for name, _, size in tensors)
     return Inspection(
         kind="bundle",
         folder=bundle.folder,
         config=bundle.config,
         precision=manifest.precision,
-        parameters=sum(elements for _, _, elements, _ in tensors),
-        weights_bytes=sum(size_bytes for *_, size_bytes in tensors),
-        bytes_by_group=memory.bytes_by_group((name, size) for name, _, _, size in tensors),
-        bytes_by_dtype=_bytes_by_dtype([(dtype, size) for _, dtype, _, size in tensors]),
+        parameters=memory.num_parameters(bundle.config),
+        weights_bytes=sum(by_group.values()),
+        bytes_by_group=by_group,
+        bits_by_group=_bits_by_group(bundle.config, by_group),
+        bytes_by_dtype=_bytes_by_dtype([(dtype, size) for _, dtype, size in tensors]),
+        matrices_by_format=dict(Counter(map(str, manifest.formats.values())).most_common()),
         files={name: record.size_bytes for name, record in manifest.files.items()}
         | {MANIFEST_FILE: manifest_bytes},
         manifest=manifest,
@@ -185,7 +203,8 @@ def _inspect_bundle(bundle: Bundle) -> Inspection:
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     tensors = checkpoint.tensors.values()
     by_dtype = _bytes_by_dtype([(DTYPE_NAMES[t.dtype], t.size_bytes) for t in tensors])
-    own_dtype = next(iter(by_dtype))
+    own_dtype = cast(DType, next(iter(by_dtype)))
+    by_group = memory.sums_by_group((t.name, t.size_bytes) for t in tensors)
     paths = sorted(path for path in checkpoint.folder.iterdir() if path.is_file())
     return Inspection(
         kind="checkpoint",
@@ -193,27 +212,33 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         config=checkpoint.config,
         precision=Precision.of(own_dtype),
         parameters=memory.num_parameters(checkpoint.config),
-        weights_bytes=sum(tensor.size_bytes for tensor in tensors),
-        bytes_by_group=memory.bytes_by_group((t.name, t.size_bytes) for t in tensors),
+        weights_bytes=sum(by_group.values()),
+        bytes_by_group=by_group,
+        bits_by_group=_bits_by_group(checkpoint.config, by_group),
         bytes_by_dtype=by_dtype,
         files={path.name: path.stat().st_size for path in paths},
         manifest=None,
     )
 
 
-def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
-    """Return (name, dtype, number of elements, bytes) of each tensor of a safetensors file."""
+def _stored_tensors(path: Path, formats: Mapping[str, WeightFormat]) -> list[tuple[str, str, int]]:
+    """Return (name, dtype or format, bytes) of each tensor of a weights file."""
     from safetensors import SafetensorError, safe_open
 
+    format_of = {
+        part: str(weight_format)
+        for name, weight_format in formats.items()
+        for part in (name, scales_name(name))
+    }
     tensors = []
     path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
-                dtype = DTYPE_NAMES[part.get_dtype()]
-                elements = math.prod(part.get_shape())
-                tensors.append((name, dtype, elements, elements * DTYPE_BYTES[dtype]))
+                dtype = part.get_dtype()
+                size_bytes = math.prod(part.get_shape()) * STORED_BYTES[dtype]
+                tensors.append((name, format_of.get(name) or DTYPE_NAMES[dtype], size_bytes))
     except (SafetensorError, KeyError) as err:
         raise BundleError(
             f"{path} cannot be read as safetensors ({err}): copy the bundle again or export it again"
@@ -221,9 +246,18 @@ def _stored_tensors(path: Path) -> list[tuple[str, DType, int, int]]:
     return tensors
 
 
-def _bytes_by_dtype(sizes: Sequence[tuple[DType, int]]) -> dict[DType, int]:
+def _bytes_by_dtype(sizes: Sequence[tuple[str, int]]) -> dict[str, int]:
     """Sum bytes per dtype, the largest sum first."""
-    sums: dict[DType, int] = {}
+    sums: dict[str, int] = {}
     for dtype, size in sizes:
         sums[dtype] = sums.get(dtype, 0) + size
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def _bits_by_group(config: GemmaConfig, bytes_by_group: Mapping[str, int]) -> dict[str, float]:
+    counts = memory.sums_by_group(
+        (name, math.prod(shape)) for name, shape in expected_tensors(config).items()
+    )
+    return {
+        group: 8 * size / counts[group] for group, size in bytes_by_group.items() if group in counts
+    }

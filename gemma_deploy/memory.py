@@ -2,23 +2,30 @@
 
 Nothing is measured here. Weights and cache are exact (they are stored and allocated in these very
 shapes); activations are the largest set of tensors that is alive at once in a layer, or at the head.
-A GPU holds the weights as stored; ONNX Runtime on a CPU multiplies with float32 copies of the
-matrices, packed for its kernels, whatever they are stored in.
+A GPU holds the weights as stored. ONNX Runtime on a CPU multiplies with copies of the matrices that
+are packed for its kernels: int4 and int8 codes with float32 scales; of everything else float32, which
+nf4 takes one matrix at a time, at every step.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
-from gemma_deploy.checkpoint import expected_tensors
+from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, expected_tensors
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision, cache_bytes
+from gemma_deploy.quantization.formats import WeightFormat
 
 GROUPS: Final = ("embedding", "attention", "feed-forward", "norms", "head")
 
 _FLOAT32_BYTES: Final = DTYPE_BYTES["float32"]
+# Those whose codes ONNX Runtime multiplies with, and the blocks it cuts rows of one scale into.
+_KERNEL_SCHEMES: Final = ("int4", "int8", "nf4")
+_ROW_BLOCK: Final = 32
+_DENSE: Final[Mapping[str, WeightFormat]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +36,7 @@ class MemoryEstimate:
         batch_size: B, rows.
         max_seq_len: T, capacity of the KV cache in tokens.
         prefill_tokens: S, most tokens of one row that are computed in one step.
-        weights_bytes: The weights as they are stored, and as a GPU holds them.
+        weights_bytes: The weights as a GPU holds them.
         cpu_weights_bytes: The copies of them that a CPU computes with.
         kv_cache_bytes: Key and value cache of every layer.
         activation_bytes: Peak of the tensors inside a prefill step; a decode step needs less.
@@ -74,17 +81,46 @@ def weights_bytes(config: GemmaConfig, precision: Precision) -> int:
     return total
 
 
-def cpu_weights_bytes(config: GemmaConfig) -> int:
-    """Return the size of the float32 copies that a CPU multiplies with, in bytes.
+def cpu_weights_bytes(config: GemmaConfig, formats: Mapping[str, WeightFormat] = _DENSE) -> int:
+    """Return the size of the copies that a CPU multiplies with, in bytes.
 
     Every matrix but an embedding that is not also the head: its rows are looked up where they are.
+
+    Args:
+        config: The model.
+        formats: How matrices are quantized, by name.
     """
-    total = 0
+    total = largest_nf4 = 0
     for name, shape in expected_tensors(config).items():
         is_looked_up = group_of(name) == "embedding" and not config.tie_word_embeddings
-        if len(shape) == 2 and not is_looked_up:
+        if len(shape) != 2 or is_looked_up:
+            continue
+        weight_format = formats.get(name)
+        scheme = "float32" if weight_format is None else weight_format.scheme
+        if weight_format is None or scheme not in _KERNEL_SCHEMES:
             total += math.prod(shape) * _FLOAT32_BYTES
-    return total
+            continue
+        block_size = weight_format.block_size or _ROW_BLOCK
+        scales_bytes = math.prod(shape) // block_size * _FLOAT32_BYTES
+        if scheme == "nf4":
+            largest_nf4 = max(largest_nf4, math.prod(shape) * _FLOAT32_BYTES)
+            total += scales_bytes
+        else:
+            total += math.prod(shape) * weight_format.bits // 8 + scales_bytes
+    return total + largest_nf4
+
+
+def gpu_weights_bytes(
+    config: GemmaConfig, stored_bytes: int, formats: Mapping[str, WeightFormat]
+) -> int:
+    """Return what a GPU holds of weights, and an engine's plan: a tied table of 8-bit codes twice.
+
+    TensorRT keeps one for the lookup and one for the head; codes of 4 bits serve both.
+    """
+    table = formats.get(EMBEDDING_WEIGHT)
+    if not config.tie_word_embeddings or table is None or table.bits != 8:
+        return stored_bytes
+    return stored_bytes + table.size_bytes((config.vocab_size, config.hidden_size))
 
 
 def group_of(tensor_name: str) -> str:
@@ -98,12 +134,12 @@ def group_of(tensor_name: str) -> str:
     return "head" if tensor_name.startswith("lm_head.") else "embedding"
 
 
-def bytes_by_group(tensors: Iterable[tuple[str, int]]) -> Mapping[str, int]:
-    """Sum (name, bytes) pairs per group; groups without tensors are left out."""
+def sums_by_group(tensors: Iterable[tuple[str, int]]) -> Mapping[str, int]:
+    """Sum (name, number) pairs per group; groups without tensors are left out."""
     sums = dict.fromkeys(GROUPS, 0)
-    for name, size_bytes in tensors:
-        sums[group_of(name)] += size_bytes
-    return {group: size for group, size in sums.items() if size}
+    for name, number in tensors:
+        sums[group_of(name)] += number
+    return {group: total for group, total in sums.items() if total}
 
 
 def activation_bytes(
@@ -140,6 +176,7 @@ def activation_bytes(
 def estimate(
     config: GemmaConfig,
     precision: Precision,
+    formats: Mapping[str, WeightFormat] = _DENSE,
     *,
     stored_bytes: int,
     batch_size: int,
@@ -151,6 +188,7 @@ def estimate(
     Args:
         config: The model.
         precision: Dtypes of activations and cache.
+        formats: How matrices are quantized, by name.
         stored_bytes: The weights' size as stored.
         batch_size: B, prompts at a time.
         max_seq_len: T, tokens of prompt and answer together.
@@ -161,8 +199,8 @@ def estimate(
         batch_size=batch_size,
         max_seq_len=max_seq_len,
         prefill_tokens=tokens,
-        weights_bytes=stored_bytes,
-        cpu_weights_bytes=cpu_weights_bytes(config),
+        weights_bytes=gpu_weights_bytes(config, stored_bytes, formats),
+        cpu_weights_bytes=cpu_weights_bytes(config, formats),
         kv_cache_bytes=cache_bytes(config, precision.cache, batch_size, max_seq_len),
         activation_bytes=activation_bytes(
             config,

@@ -23,10 +23,11 @@ from gemma_deploy.exporters.engine.attention import check_attention, check_plugi
 from gemma_deploy.exporters.engine.builder import OnProgress, check_features
 from gemma_deploy.exporters.engine.options import BuildOptions
 from gemma_deploy.exporters.engine.process import build_in_child
-from gemma_deploy.exporters.engine.resources import check_resources, plan_bytes
+from gemma_deploy.exporters.engine.resources import check_resources
 from gemma_deploy.exporters.engine.targets import choose_targets
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import PHASES, Phase
+from gemma_deploy.memory import gpu_weights_bytes
 from gemma_deploy.plugins.attention import PLUGIN_VERSION
 from gemma_deploy.staging import staged_folder
 from gemma_deploy.tensorrt import TensorRTLibrary, load_library
@@ -84,7 +85,9 @@ def build_engine(
     existing = None if force else _existing(folder)
     if existing is not None:
         return BuiltEngine(engine=existing, is_new=False)
-    check_resources(bundle.folder, build, plan_bytes(bundle.manifest))
+    stored_bytes = bundle.manifest.files[bundle.manifest.weights].size_bytes
+    weights_bytes = gpu_weights_bytes(bundle.config, stored_bytes, bundle.manifest.formats)
+    check_resources(bundle.folder, build, weights_bytes)
     try:
         # What is there is either to be replaced or damaged.
         with staged_folder(folder, force=True, replaceable=ENGINE_FILE) as staging:

@@ -5,10 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT
 from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import EngineBuildError
-from gemma_deploy.manifest import Manifest
 
 # Beyond the plan, of which the library holds one copy: its own graphs and kernels, joined weights of
 # attention, Python, and two blocks of 64 MiB in which the plan is handed over. 0.55 GB were measured
@@ -18,25 +16,13 @@ _BUILDER_BYTES: Final = 768 << 20
 _SMALL_FILES_BYTES: Final = 64 << 20
 
 
-def plan_bytes(manifest: Manifest) -> int:
-    """Return about how large a plan of a bundle is: its weights, as the bundle has them.
-
-    A tied table of 8-bit codes is in it twice, for the lookup and for the head.
-    """
-    size_bytes = manifest.files[manifest.weights].size_bytes
-    table = manifest.formats.get(EMBEDDING_WEIGHT)
-    if manifest.config.tie_word_embeddings and table is not None and table.bits == 8:
-        size_bytes += table.size_bytes((manifest.config.vocab_size, manifest.config.hidden_size))
-    return size_bytes
-
-
 def check_resources(folder: Path, build: EngineBuild, weights_bytes: int) -> None:
     """Refuse a build that memory or disk cannot hold.
 
     Args:
         folder: An existing folder on the disk that the engine goes to.
         build: The engine.
-        weights_bytes: About how large a plan becomes; see `plan_bytes`.
+        weights_bytes: About how large a plan becomes; see `memory.gpu_weights_bytes`.
 
     Raises:
         EngineBuildError: What is there, what is needed, and what to do.

@@ -65,8 +65,8 @@ def command(*, path: Path, lengths: tuple[int, ...], batch_size: int, as_json: b
 
     Only headers and sizes are read, so it answers at once for a model of any size; `verify` checks
     the contents. Weights and KV cache are exact, activations are an estimate of the peak while a
-    prompt is read. A GPU holds the weights as stored; a CPU computes with float32 copies of them.
-    The backend's own code comes on top.
+    prompt is read. A GPU holds the weights as stored; a CPU computes with copies of them: int4 and
+    int8 codes as they are, everything else in float32. The backend's own code comes on top.
     """
     from gemma_deploy.engine import ENGINE_FILE
     from gemma_deploy.errors import RequestError
@@ -111,8 +111,7 @@ def _show_engine(folder: Path, *, as_json: bool) -> None:
 
 def _print(inspection: "Inspection", estimates: list["MemoryEstimate"]) -> None:
     emit_table(_facts(inspection), title=f"{inspection.kind.capitalize()} {inspection.folder}")
-    groups = [(name, format_bytes(size)) for name, size in inspection.bytes_by_group.items()]
-    emit_table([*groups, ("total", format_bytes(inspection.weights_bytes))], title="Weights")
+    emit_table(_weights(inspection), title="Weights")
     emit_table(
         [(name, format_bytes(size)) for name, size in inspection.files.items()], title="Files"
     )
@@ -124,11 +123,27 @@ def _print(inspection: "Inspection", estimates: list["MemoryEstimate"]) -> None:
     emit_table(rows, title=f"Memory for {_plural(first.batch_size, 'prompt')} at a time of")
 
 
+def _weights(inspection: "Inspection") -> list[tuple[str, str]]:
+    """Return the size of each group, and where matrices are quantized what a weight takes."""
+    bits = {**inspection.bits_by_group, "total": inspection.bits_per_weight}
+    sizes = {**inspection.bytes_by_group, "total": inspection.weights_bytes}
+    if not inspection.matrices_by_format:
+        return [(name, format_bytes(size)) for name, size in sizes.items()]
+    return [
+        (name, f"{format_bytes(size)}, {bits[name]:.2f} bits per weight")
+        for name, size in sizes.items()
+    ]
+
+
 def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
     precision = inspection.precision
     dtypes = ", ".join(f"{k} {format_bytes(v)}" for k, v in inspection.bytes_by_dtype.items())
     facts = _model_facts(inspection.config, inspection.parameters)
     facts.append(("stored as", dtypes))
+    if inspection.matrices_by_format:
+        counts = inspection.matrices_by_format.items()
+        formats = ", ".join(f"{name} ({count} matrices)" for name, count in counts)
+        facts.append(("quantized", formats))
     if inspection.manifest is not None:
         facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))
         facts += _manifest_facts(inspection.manifest)

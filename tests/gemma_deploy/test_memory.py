@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 from gemma_deploy import memory
+from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.quantization.formats import WeightFormat
 
 # Gemma 1 2B, whose sizes are published: 2,506,172,416 parameters (the model card of
 # google/gemma-2b on the hub shows them), one key-value head.
@@ -75,7 +77,7 @@ class TestWeights:
         assert memory.group_of(name) == group
 
     def test_sums_leave_out_what_is_not_there(self) -> None:
-        sums = memory.bytes_by_group([("model.norm.weight", 8), ("model.embed_tokens.weight", 5)])
+        sums = memory.sums_by_group([("model.norm.weight", 8), ("model.embed_tokens.weight", 5)])
 
         assert sums == {"embedding": 5, "norms": 8}
 
@@ -123,6 +125,43 @@ class TestEstimate:
 
         # As many matrices are multiplied with: the head instead of the embedding.
         assert memory.cpu_weights_bytes(untied) == memory.cpu_weights_bytes(SMALL) == 2336 * 4
+
+    # Of SMALL's matrices the table has 800 elements, the layers 2 * 768: feed-forward matrices of 128,
+    # q and o of 128, k and v of 64.
+    @pytest.mark.parametrize(
+        ("scheme", "expected"),
+        [
+            # Half a byte per code, a float32 scale per 32.
+            ("int4/32", 2336 // 2 + 2336 // 32 * 4),
+            ("int8/32", 2336 + 2336 // 32 * 4),
+            # Rows are cut into blocks of 32 as well.
+            ("int8/channel", 2336 + 2336 // 32 * 4),
+            ("fp8/channel", 2336 * 4),
+            # The table is the largest matrix that is dequantized at a step.
+            ("nf4/32", 2336 // 32 * 4 + 800 * 4),
+        ],
+    )
+    def test_quantized_weights_on_a_cpu(self, scheme: str, expected: int) -> None:
+        formats = {
+            name: WeightFormat.parse(scheme)
+            for name, shape in expected_tensors(SMALL).items()
+            if len(shape) == 2
+        }
+
+        assert memory.cpu_weights_bytes(SMALL, formats) == expected
+
+    def test_only_what_is_quantized_is_small_on_a_cpu(self) -> None:
+        formats = {"model.embed_tokens.weight": WeightFormat("int8", 32)}
+
+        assert memory.cpu_weights_bytes(SMALL, formats) == (2336 - 800) * 4 + 800 + 800 // 32 * 4
+
+    @pytest.mark.parametrize(("scheme", "extra"), [("int4/32", 0), ("int8/channel", 800 + 200)])
+    def test_a_gpu_holds_a_tied_table_of_bytes_twice(self, scheme: str, extra: int) -> None:
+        formats = {"model.embed_tokens.weight": WeightFormat.parse(scheme)}
+        untied = GemmaConfig.from_dict(SMALL.to_dict() | {"tie_word_embeddings": False})
+
+        assert memory.gpu_weights_bytes(SMALL, 5000, formats) == 5000 + extra
+        assert memory.gpu_weights_bytes(untied, 5000, formats) == 5000
 
     def test_a_short_cache_needs_no_long_chunk(self) -> None:
         result = memory.estimate(
