@@ -1,8 +1,9 @@
-"""Measure the peak memory and the time of exporting a checkpoint in each dtype.
+"""Measure the peak memory and the time of exporting a checkpoint, dense and rounded to each scheme.
 
 A random bfloat16 checkpoint of the shape is written to a scratch folder and exported by a child
-process for each dtype, whose peak resident memory (ru_maxrss, imports included) is read when it ends.
-The goal is under 1.5 GB at the shape of Gemma 2B in every dtype. Scratch files are removed; they need
+process for each format, whose peak resident memory (ru_maxrss, imports included) is read when it ends.
+The goal is under 1.5 GB at the shape of Gemma 2B in every format, and under 90 s where weights are
+rounded to nearest. The float16 export runs with --no-calibration, since random weights have no text. Scratch files are removed; they need
 up to 16 GB of disk at that shape. The last line of stdout is one JSON object.
 """
 
@@ -23,16 +24,24 @@ import numpy as np
 from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.graph_spec import DType
+from gemma_deploy.quantization.formats import SCHEMES
 
 GOAL_BYTES = 1_500_000_000
 SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
 """Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""
+FORMATS = (*get_args(DType), *SCHEMES)
 _BLOCK_ELEMENTS = 8 << 20
 _EXPORT = """
 import sys
 from pathlib import Path
 from gemma_deploy.exporters.export import export_checkpoint
-export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), dtype=sys.argv[3])
+from gemma_deploy.exporters.quantization.options import QuantizationOptions
+name = sys.argv[3]
+options = QuantizationOptions(scheme=name) if name in ("int4", "int8", "nf4", "fp8") else None
+dtype = None if options else name
+export_checkpoint(
+    Path(sys.argv[1]), Path(sys.argv[2]), dtype=dtype, quantization=options, is_calibrated=False
+)
 """
 _IMPORT = "import gemma_deploy.exporters.export"
 
@@ -42,7 +51,7 @@ class Reading:
     """What a child process took.
 
     Attributes:
-        name: The dtype exported to, or `imports` for a child that only imports the exporter.
+        name: The dtype or scheme exported to, or `imports` for a child that only imports the exporter.
         peak_bytes: Its largest resident memory.
         wall_s: Its run time, start of Python included.
         bundle_bytes: Size of what it wrote.
@@ -107,23 +116,23 @@ def measure(name: str, command: Sequence[str], output: Path | None = None) -> Re
     )
 
 
-def readings(shape: str, dtypes: Sequence[str], scratch: Path) -> Iterator[Reading]:
-    """Export the shape in each dtype, one bundle on the disk at a time."""
+def readings(shape: str, names: Sequence[str], scratch: Path) -> Iterator[Reading]:
+    """Export the shape in each format, one bundle on the disk at a time."""
     checkpoint = scratch / "checkpoint"
     checkpoint.mkdir()
     write_random_checkpoint(checkpoint, shape_config(shape))
     yield measure("imports", [sys.executable, "-c", _IMPORT])
-    for dtype in dtypes:
+    for name in names:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             output = Path(folder) / "bundle"
-            arguments = [str(checkpoint), str(output), dtype]
-            yield measure(dtype, [sys.executable, "-c", _EXPORT, *arguments], output)
+            arguments = [str(checkpoint), str(output), name]
+            yield measure(name, [sys.executable, "-c", _EXPORT, *arguments], output)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="g270m")
-    parser.add_argument("--dtype", choices=get_args(DType), action="append", help="repeatable")
+    parser.add_argument("--format", choices=FORMATS, action="append", help="repeatable")
     parser.add_argument("--folder", type=Path, help="where scratch files go (default: temporary)")
     parser.add_argument("--json", action="store_true", help="print no table")
     return parser.parse_args()
@@ -136,7 +145,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="export-memory-") as scratch:
         if not arguments.json:
             print(f"{arguments.shape:>10} {'peak MB':>8} {'time s':>7} {'bundle MB':>10}")
-        for reading in readings(arguments.shape, arguments.dtype or get_args(DType), Path(scratch)):
+        for reading in readings(arguments.shape, arguments.format or FORMATS, Path(scratch)):
             results.append(reading)
             if not arguments.json:
                 print(

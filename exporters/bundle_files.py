@@ -1,5 +1,6 @@
 """The files of a bundle, written as planned: `write_bundle`."""
 
+import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from gemma_deploy.exporters.weights import StoredTensor, write_weights
 from gemma_deploy.file_records import FileRecord, record_file
 from gemma_deploy.graph_spec import PHASES, DType, Lowering, Phase, Precision, graph_name
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest
+from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
 from gemma_deploy.residual_scaling import ResidualScaling
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -47,6 +49,7 @@ class BundlePlan:
         prepared: Files of the tensors that calibration has made, by name (`write_weights`).
         method: What found the codes of quantized matrices; None without any.
         scaling: What weights are divided by; None for nothing.
+        overflow: Why; None where nothing computes in float16.
     """
 
     source: Checkpoint
@@ -56,6 +59,7 @@ class BundlePlan:
     prepared: Mapping[str, Path]
     method: str | None
     scaling: ResidualScaling | None
+    overflow: OverflowReport | None
 
     @property
     def weights_bytes(self) -> int:
@@ -78,6 +82,9 @@ def write_bundle(plan: BundlePlan, folder: Path, on_progress: OnProgress) -> Non
     weights, record = _write_weights(plan, folder, on_progress)
     graphs = _write_graphs(plan, weights, folder, on_progress)
     on_progress("finishing", len(PHASES), len(PHASES))
+    if plan.overflow is not None:
+        report = json.dumps(plan.overflow.to_dict(), indent=1)
+        (folder / OVERFLOW_FILE).write_text(report + "\n", encoding="utf-8")
     _write_manifest(plan, graphs, folder, {WEIGHTS_FILE: record})
 
 

@@ -12,6 +12,7 @@ from gemma_deploy.exporters.export_checks import (
     choose_lowerings,
     require_space,
 )
+from gemma_deploy.exporters.preflight import preflight
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
 from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import DType, Lowering, Precision
@@ -28,6 +29,8 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
     cache_dtype: DType | None = None,
     graphs: Iterable[Lowering] | None = None,
     quantization: QuantizationOptions | None = None,
+    calibration_text: str | None = None,
+    is_calibrated: bool = True,
     force: bool = False,
     on_progress: OnProgress = lambda *_: None,
 ) -> Bundle:
@@ -47,6 +50,10 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         graphs: Lowerings to write graphs of; those for ONNX Runtime are always written. None adds
             those for TensorRT, unless no engine can have them: in float32, or with nf4 weights.
         quantization: What matrices to quantize, and how; None for none.
+        calibration_text: What the model reads where activations are measured; None for the built-in
+            text.
+        is_calibrated: Whether the model is run to find what overflows float16; else that is bounded
+            by the weights.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called as the work goes on.
 
@@ -64,24 +71,38 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
     check_nothing_else_is_replaced(checkpoint, output)
     source = Checkpoint.open(checkpoint)
     check_config(source)
-    if GemmaTokenizer.files(checkpoint):
-        # A bundle whose tokenizer cannot be read would be of no use.
-        GemmaTokenizer.from_pretrained(checkpoint)
+    # Read first: a bundle whose tokenizer cannot be read would be of no use.
+    has_tokenizer = bool(GemmaTokenizer.files(checkpoint))
+    tokenizer = GemmaTokenizer.from_pretrained(checkpoint) if has_tokenizer else None
     if quantization is None:
         precision, formats = Precision.of(dtype or _own_dtype(source), cache_dtype), {}
     else:
         precision = Precision.of_quantized(dtype, cache_dtype)
         formats = formats_of(source.config, quantization)
-    plan = BundlePlan(
-        source=source,
-        precision=precision,
-        lowerings=choose_lowerings(graphs, precision, formats),
-        tensors=plan_weights(source, precision, formats),
-        prepared={},
-        method=None if quantization is None else quantization.method,
-        scaling=None,
-    )
+    lowerings = choose_lowerings(graphs, precision, formats)
     with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
+        overflow = preflight(
+            source,
+            tokenizer,
+            precision,
+            lowerings,
+            text=calibration_text,
+            is_calibrated=is_calibrated,
+            on_progress=on_progress,
+        )
+        scaling = (
+            overflow.scaling if overflow is not None and not overflow.scaling.is_none else None
+        )
+        plan = BundlePlan(
+            source=source,
+            precision=precision,
+            lowerings=lowerings,
+            tensors=plan_weights(source, precision, formats, scaling),
+            prepared={},
+            method=None if quantization is None else quantization.method,
+            scaling=scaling,
+            overflow=overflow,
+        )
         require_space(folder, plan.weights_bytes, output)
         write_bundle(plan, folder, on_progress)
     return Bundle.open(output)

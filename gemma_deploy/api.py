@@ -84,6 +84,8 @@ def export(  # noqa: PLR0913  # a keyword for each decision
         cache_dtype=cache_dtype,
         graphs=graphs,
         quantization=quantization,
+        calibration_text=None if calibration_text is None else _text(Path(calibration_text)),
+        is_calibrated=is_calibrated,
         force=force,
         on_progress=on_progress,
     )
@@ -233,3 +235,10 @@ def pipeline(
     if not isinstance(model, TextGenerator):
         model = load(model, backend, device, max_seq_len, threads)
     return TextGenerationPipeline(model, **defaults)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise RequestError(f"{path} cannot be read as UTF-8 text: {err}") from err

@@ -11,6 +11,7 @@ from gemma_deploy.errors import BundleError
 from gemma_deploy.file_records import changed_files, wrong_file
 from gemma_deploy.graph_spec import Lowering, Phase
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest, parse_manifest
+from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
 
 WEIGHTS_FILE = "weights.safetensors"
 GENERATION_FILE = "generation_config.json"
@@ -77,6 +78,23 @@ class Bundle:
         if self.manifest.generation is None:
             return {}
         return _json_object(self.folder / self.manifest.generation)
+
+    def overflow_report(self) -> OverflowReport | None:
+        """Return what the export found of float16's range; None where nothing computes in float16.
+
+        Raises:
+            BundleError: The file is not such a report.
+        """
+        if OVERFLOW_FILE not in self.manifest.files:
+            return None
+        raw = _json_object(self.folder / OVERFLOW_FILE)
+        try:
+            return OverflowReport.from_dict(raw)
+        except (LookupError, TypeError, ValueError) as err:
+            raise BundleError(
+                f"{self.folder / OVERFLOW_FILE} is damaged ({type(err).__name__}: {err}): export the "
+                "bundle again"
+            ) from err
 
     def changed_files(self, on_bytes: Callable[[int], object] = lambda _: None) -> list[str]:
         """Hash every file and return the paths whose SHA-256 is not the manifest's.
