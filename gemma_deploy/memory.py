@@ -3,8 +3,8 @@
 Nothing is measured here. Weights and cache are exact (they are stored and allocated in these very
 shapes); activations are the largest set of tensors that is alive at once in a layer, or at the head.
 A GPU holds the weights as stored. ONNX Runtime on a CPU multiplies with copies of the matrices that
-are packed for its kernels: int4 and int8 codes with float32 scales; of everything else float32, which
-nf4 takes one matrix at a time, at every step.
+are packed for its kernels: int4 and int8 codes, float32 of everything else. nf4 is made float32 one
+matrix at a time, at every step; fp8 when it is loaded, which leaves a second copy behind.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ from gemma_deploy.quantization.formats import WeightFormat
 GROUPS: Final = ("embedding", "attention", "feed-forward", "norms", "head")
 
 _FLOAT32_BYTES: Final = DTYPE_BYTES["float32"]
-# Those whose codes ONNX Runtime multiplies with, and the blocks it cuts rows of one scale into.
-_KERNEL_SCHEMES: Final = ("int4", "int8", "nf4")
+# What codes bring along per block: scales in float32, packed once more, with sums of the codes. And the
+# blocks that rows of one scale are cut into. Measured with ONNX Runtime 1.31.
+_PACKED_BLOCK_BYTES: Final = 16
 _ROW_BLOCK: Final = 32
 _DENSE: Final[Mapping[str, WeightFormat]] = MappingProxyType({})
 
@@ -96,17 +97,20 @@ def cpu_weights_bytes(config: GemmaConfig, formats: Mapping[str, WeightFormat] =
         if len(shape) != 2 or is_looked_up:
             continue
         weight_format = formats.get(name)
-        scheme = "float32" if weight_format is None else weight_format.scheme
-        if weight_format is None or scheme not in _KERNEL_SCHEMES:
-            total += math.prod(shape) * _FLOAT32_BYTES
+        float32_bytes = math.prod(shape) * _FLOAT32_BYTES
+        if weight_format is None:
+            total += float32_bytes
             continue
-        block_size = weight_format.block_size or _ROW_BLOCK
-        scales_bytes = math.prod(shape) // block_size * _FLOAT32_BYTES
-        if scheme == "nf4":
-            largest_nf4 = max(largest_nf4, math.prod(shape) * _FLOAT32_BYTES)
-            total += scales_bytes
-        else:
-            total += math.prod(shape) * weight_format.bits // 8 + scales_bytes
+        num_blocks = math.prod(shape) // (weight_format.block_size or _ROW_BLOCK)
+        match weight_format.scheme:
+            case "int4" | "int8":
+                codes_bytes = math.prod(shape) * weight_format.bits // 8
+                total += codes_bytes + num_blocks * _PACKED_BLOCK_BYTES
+            case "nf4":
+                total += num_blocks * _FLOAT32_BYTES
+                largest_nf4 = max(largest_nf4, float32_bytes)
+            case _:
+                total += 2 * float32_bytes
     return total + largest_nf4
 
 

@@ -32,6 +32,8 @@ class Graph:
     def __init__(self, path: Path, model: bytes | None = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        # As the package does, or DequantizeLinear of constants runs at every step.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         folder_entry = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder_entry, str(path.parent))
         self.session = ort.InferenceSession(

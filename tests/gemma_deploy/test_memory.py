@@ -131,12 +131,12 @@ class TestEstimate:
     @pytest.mark.parametrize(
         ("scheme", "expected"),
         [
-            # Half a byte per code, a float32 scale per 32.
-            ("int4/32", 2336 // 2 + 2336 // 32 * 4),
-            ("int8/32", 2336 + 2336 // 32 * 4),
+            # Half a byte per code, and 16 bytes per block.
+            ("int4/32", 2336 // 2 + 2336 // 32 * 16),
+            ("int8/32", 2336 + 2336 // 32 * 16),
             # Rows are cut into blocks of 32 as well.
-            ("int8/channel", 2336 + 2336 // 32 * 4),
-            ("fp8/channel", 2336 * 4),
+            ("int8/channel", 2336 + 2336 // 32 * 16),
+            ("fp8/channel", 2336 * 8),
             # The table is the largest matrix that is dequantized at a step.
             ("nf4/32", 2336 // 32 * 4 + 800 * 4),
         ],
@@ -153,7 +153,7 @@ class TestEstimate:
     def test_only_what_is_quantized_is_small_on_a_cpu(self) -> None:
         formats = {"model.embed_tokens.weight": WeightFormat("int8", 32)}
 
-        assert memory.cpu_weights_bytes(SMALL, formats) == (2336 - 800) * 4 + 800 + 800 // 32 * 4
+        assert memory.cpu_weights_bytes(SMALL, formats) == (2336 - 800) * 4 + 800 + 800 // 32 * 16
 
     @pytest.mark.parametrize(("scheme", "extra"), [("int4/32", 0), ("int8/channel", 800 + 200)])
     def test_a_gpu_holds_a_tied_table_of_bytes_twice(self, scheme: str, extra: int) -> None:
