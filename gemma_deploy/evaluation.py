@@ -42,7 +42,7 @@ class Window:
 
 
 def windows(num_tokens: int, context_tokens: int, stride: int) -> Iterator[Window]:
-    """Yield the windows of a text, in its order; see the module.
+    """Return the windows of a text, in its order; see the module.
 
     Args:
         num_tokens: Length of the text, `<bos>` not counted.
@@ -57,6 +57,10 @@ def windows(num_tokens: int, context_tokens: int, stride: int) -> Iterator[Windo
             f"stride is {stride}; expected 1 to the context's {context_tokens} tokens, or some would "
             "never be predicted"
         )
+    return _windows(num_tokens, context_tokens, stride)
+
+
+def _windows(num_tokens: int, context_tokens: int, stride: int) -> Iterator[Window]:
     first = 0
     for start in range(0, num_tokens, stride):
         if first == num_tokens:
@@ -180,6 +184,18 @@ class Evaluator:
         # Rounding may leave -1e-17 where the distributions are equal.
         self._kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).clip(min=0.0))
         self._num_same += int((logits.argmax(axis=-1) == reference.argmax(axis=-1)).sum())
+
+
+def token_log_likelihoods(
+    logits: FloatArray, targets: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return the log-probability, in nats, that logits [P, V] give to the tokens [P]; [P]."""
+    found = np.empty(len(targets))
+    for start in range(0, len(targets), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        log_p = log_softmax(logits[rows])
+        found[rows] = np.take_along_axis(log_p, targets[rows, None], axis=-1)[:, 0]
+    return found
 
 
 def _perplexity(nll_nats: npt.NDArray[np.float64]) -> float:

@@ -15,7 +15,7 @@ from gemma_deploy.cli.checks import require_same_model
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import RequestError
 from gemma_deploy.evaluation import Evaluator, Window, windows
-from gemma_deploy.runtime.capacity import check_max_seq_len, check_token_ids
+from gemma_deploy.runtime.capacity import check_token_ids
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.scoring import TextLogits, piece_size
 from gemma_deploy.runtime.sessions.registry import create_session
@@ -74,6 +74,7 @@ class TextEvaluation:
             require_same_model(source.folder, source.config, Checkpoint.open(self.reference))
         context = self._context_tokens(source)
         stride = self.stride or max(1, context // 2)
+        parts = windows(len(token_ids), context, stride)
         evaluator = Evaluator()
         with ExitStack() as stack:
             on_progress("loading the model", 0, 1)
@@ -85,7 +86,7 @@ class TextEvaluation:
                 )
             size = piece_size(*sessions)
             readers = [TextLogits(session, context, piece_tokens=size) for session in sessions]
-            for window in windows(len(token_ids), context, stride):
+            for window in parts:
                 on_progress("reading the text", window.first, len(token_ids))
                 _read(window, token_ids, bos, readers, evaluator)
         return FinishedEvaluation(
@@ -109,7 +110,11 @@ class TextEvaluation:
     def _context_tokens(self, source: ModelSource) -> int:
         if self.context_tokens is None:
             return min(DEFAULT_CONTEXT_TOKENS, source.max_seq_len)
-        check_max_seq_len(self.context_tokens, source.max_seq_len)
+        if self.context_tokens > source.max_seq_len:
+            raise RequestError(
+                f"--context-tokens is {self.context_tokens:,}; this model is made for up to "
+                f"{source.max_seq_len:,}"
+            )
         return self.context_tokens
 
     def _session(self, source: ModelSource, context_tokens: int) -> "Session":
