@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+from gemma_deploy.cli.overflow_table import emit_overflow
 from gemma_deploy.cli.quantization_options import parse_quantization, quantization_options
 
 if TYPE_CHECKING:
@@ -161,6 +162,9 @@ def command(
             force=force,
             on_progress=on_progress,
         )
+    overflow = bundle.overflow_report()
+    if overflow is not None:
+        emit_overflow(overflow, to_stderr=True)
     notice(f"Exported in {time.perf_counter() - started:.1f} s.")
     if num_engines:
         notice(f"The {num_engines} engine(s) of the old bundle went with it; build them again.")

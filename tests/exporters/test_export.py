@@ -282,7 +282,7 @@ def test_graphs_of_the_lowerings_asked_for(
 ) -> None:
     traced: list[DType] = []
 
-    def trace(_config: object, _phase: Phase, activations: DType) -> str:
+    def trace(_config: object, _phase: Phase, activations: DType, _scaling: object) -> str:
         traced.append(activations)
         return activations
 
@@ -291,8 +291,8 @@ def test_graphs_of_the_lowerings_asked_for(
         assert (precision.activations == dtype) or (lowering != "tensorrt")
         rest[-1].write_text(lowering)
 
-    monkeypatch.setattr("gemma_deploy.exporters.export.trace_model", trace)
-    monkeypatch.setattr("gemma_deploy.exporters.export.write_graph", write)
+    monkeypatch.setattr("gemma_deploy.exporters.bundle_files.trace_model", trace)
+    monkeypatch.setattr("gemma_deploy.exporters.bundle_files.write_graph", write)
     bundle = export_checkpoint(checkpoint, tmp_path / "bundle", dtype=dtype, graphs=graphs)
     assert bundle.manifest.lowerings == lowerings
     for lowering in lowerings:
@@ -317,28 +317,56 @@ def test_a_tokenizer_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "message"),
+    ("matrix", "value", "dtype", "error", "message"),
     [
-        (float("nan"), CheckpointError, "holds NaN or infinity: the checkpoint is damaged; downl"),
         (
-            1e5,
+            "mlp.down_proj",
+            float("nan"),
+            "float32",
+            CheckpointError,
+            r"down_proj.* holds NaN or inf",
+        ),
+        (
+            "mlp.down_proj",
+            float("nan"),
+            "float16",
+            CheckpointError,
+            r"down_proj.* holds NaN or inf",
+        ),
+        ("self_attn.q_proj", 1e5, "float16", ExportError, r"q_proj.* holds 100000, too large for "),
+        (
+            "self_attn.q_proj",
+            1e38,
+            "float16",
             ExportError,
-            "holds 100000, too large for float16: export with --dtype bfloat16 or fl",
+            r"q_proj.* holds 1e\+38, too large for ",
         ),
     ],
 )
 def test_a_weight_that_cannot_be_stored(
-    checkpoint: Path, old_bundle: Path, value: float, error: type[Exception], message: str
+    checkpoint: Path,
+    old_bundle: Path,
+    matrix: str,
+    value: float,
+    dtype: DType,
+    error: type[Exception],
+    message: str,
 ) -> None:
-    """The last tensor of the last layer: most of the weights are on the disk by then."""
-    name = "model.layers.2.mlp.down_proj.weight"
-    spoil(checkpoint, name, value)
-    with pytest.raises(error, match=f"{name} {message}"):
-        export_checkpoint(checkpoint, old_bundle, dtype="float16", force=True)
-    assert_untouched(old_bundle)
-    with pytest.raises(error, match=name):
-        export_checkpoint(checkpoint, old_bundle.parent / "new", dtype="float16")
-    assert_untouched(old_bundle)
+    """In the last layer: most of the weights are on the disk by then, where nothing looks first."""
+    spoil(checkpoint, f"model.layers.2.{matrix}.weight", value)
+    for output, force in ((old_bundle, True), (old_bundle.parent / "new", False)):
+        with pytest.raises(error, match=message):
+            export_checkpoint(checkpoint, output, dtype=dtype, force=force)
+        assert_untouched(old_bundle)
+
+
+def test_a_weight_that_float16_holds_divided(checkpoint: Path, tmp_path: Path) -> None:
+    spoil(checkpoint, "model.layers.2.mlp.down_proj.weight", 1e5)
+    bundle = export_checkpoint(checkpoint, tmp_path / "bundle", dtype="float16")
+    assert bundle.manifest.scaling is not None
+    report = bundle.overflow_report()
+    assert report is not None
+    assert report.scaling == bundle.manifest.scaling
 
 
 def test_a_truncated_checkpoint(checkpoint: Path, old_bundle: Path) -> None:
