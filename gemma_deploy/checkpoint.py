@@ -5,6 +5,7 @@ of its `*.safetensors` files, and weights are read row by row into memory that t
 file format: https://github.com/huggingface/safetensors#format
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from gemma_deploy.bitsandbytes_nf4 import STATE_SUFFIX, Nf4Matrix, nf4_matrix
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.graph_spec import DType
@@ -55,6 +57,8 @@ class TensorInfo:
         file: The safetensors file that holds it.
         offset: Its first byte, counted from the file's start.
         size_bytes: Its length.
+        nf4: Of a matrix in bitsandbytes' NF4, where its parts are stored. It is read like any other,
+            as what the codes stand for: dtype, shape and sizes are those of that float32 matrix.
     """
 
     name: str
@@ -63,6 +67,7 @@ class TensorInfo:
     file: Path
     offset: int
     size_bytes: int
+    nf4: Nf4Matrix | None = None
 
     @property
     def num_rows(self) -> int:
@@ -89,6 +94,11 @@ class Checkpoint:
     folder: Path
     config: GemmaConfig
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def nf4_block_sizes(self) -> Mapping[str, int]:
+        """Block size of each matrix that bitsandbytes quantized to NF4; empty where none is."""
+        return {name: x.nf4.block_size for name, x in self.tensors.items() if x.nf4 is not None}
 
     @classmethod
     def open(cls, folder: Path | str) -> "Checkpoint":
@@ -118,7 +128,7 @@ class Checkpoint:
         return cls(folder=folder, config=config, tensors=_checked(found, config, folder))
 
     def read_rows(self, name: str, start: int, stop: int, into: memoryview) -> None:
-        """Read rows [start, stop) of a tensor into memory of the caller, as stored.
+        """Read rows [start, stop) of a tensor into memory of the caller, as stored (NF4: as float32).
 
         The read is explicit (no mapping), so the process holds these rows and nothing else.
 
@@ -140,15 +150,10 @@ class Checkpoint:
                 f"rows {start}:{stop} of {name} {list(info.shape)} are {expected_bytes} bytes; "
                 f"the buffer has {len(target)}"
             )
-        try:
-            with info.file.open("rb", buffering=0) as stream:
-                stream.seek(info.offset + start * info.row_bytes)
-                _read_fully(stream, target)
-        except (OSError, EOFError) as err:
-            raise CheckpointError(
-                f"{info.file} could not be read to the end of {name}: {err}. It changed since it "
-                "was opened, or its disk fails: copy or download the checkpoint again"
-            ) from err
+        if info.nf4 is not None:
+            target[:] = info.nf4.rows(start, stop, _read_bytes).data.cast("B")
+        else:
+            _read_into(info, start * info.row_bytes, target)
 
     def row_blocks(self, name: str, max_bytes: int = ROW_BLOCK_BYTES) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of successive blocks of rows of at most `max_bytes` each.
@@ -319,6 +324,8 @@ def _checked(
     tensors: dict[str, TensorInfo] = {}
     for name, shape in expected_tensors(config).items():
         info = found.get(name)
+        if info is not None and name + STATE_SUFFIX in found:
+            info = _nf4_info(info, nf4_matrix(name, shape, found, _read_bytes))
         if info is None:
             raise CheckpointError(
                 f"{folder} lacks the tensor {name} {list(shape)} that its config.json calls for: "
@@ -342,6 +349,36 @@ def _checked(
             )
         tensors[name] = info
     return MappingProxyType(tensors)
+
+
+def _nf4_info(codes: TensorInfo, matrix: Nf4Matrix) -> TensorInfo:
+    return dataclasses.replace(
+        codes,
+        dtype="F32",
+        shape=matrix.shape,
+        size_bytes=math.prod(matrix.shape) * DTYPE_BYTES["F32"],
+        nf4=matrix,
+    )
+
+
+def _read_bytes(info: TensorInfo, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a tensor as stored."""
+    raw = bytearray(stop - start)
+    _read_into(info, start, memoryview(raw))
+    return bytes(raw)
+
+
+def _read_into(info: TensorInfo, start: int, target: memoryview) -> None:
+    """Read bytes of a tensor from `start` on, as stored."""
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.offset + start)
+            _read_fully(stream, target)
+    except (OSError, EOFError) as err:
+        raise CheckpointError(
+            f"{info.file} could not be read to the end of {info.name}: {err}. It changed since it "
+            "was opened, or its disk fails: copy or download the checkpoint again"
+        ) from err
 
 
 def _read_fully(stream: Any, target: memoryview) -> None:

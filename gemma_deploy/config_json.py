@@ -78,10 +78,10 @@ def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
             f"model_type is {raw.get('model_type')!r}; gemma-deploy knows gemma, gemma2, gemma3_text, "
             "and the text part of gemma3. Other families need another tool"
         )
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and not _is_nf4(raw["quantization_config"]):
         raise ConfigError(
-            "the checkpoint is already quantized (config.json has quantization_config); "
-            "export the original float checkpoint"
+            "the checkpoint is already quantized (config.json has quantization_config), and of such "
+            "only bitsandbytes' NF4 is read; export the original float checkpoint"
         )
     model_type: ModelType = raw["model_type"]
     values: dict[str, Any] = dict(_GENERATION_DEFAULTS[model_type])
@@ -98,6 +98,16 @@ def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
     values["layer_types"] = _layer_types(raw, model_type, num_layers)
     values["rope_parameters"] = _rope(raw, model_type, values["layer_types"])
     return GemmaConfig(**values)
+
+
+def _is_nf4(quantization: Any) -> bool:
+    """Tell whether bitsandbytes quantized to NF4; `Checkpoint` reads that from the tensors."""
+    return (
+        isinstance(quantization, Mapping)
+        and quantization.get("quant_method") == "bitsandbytes"
+        and bool(quantization.get("load_in_4bit"))
+        and quantization.get("bnb_4bit_quant_type") == "nf4"
+    )
 
 
 def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
