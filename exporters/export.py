@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.bundle_files import BundlePlan, OnProgress, write_bundle
 from gemma_deploy.exporters.export_checks import (
     check_config,
@@ -17,6 +18,7 @@ from gemma_deploy.exporters.quantization.options import QuantizationOptions, for
 from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import DType, Lowering, Precision
 from gemma_deploy.manifest import MANIFEST_FILE
+from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.staging import check_replaceable, staged_folder
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -74,11 +76,11 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
     # Read first: a bundle whose tokenizer cannot be read would be of no use.
     has_tokenizer = bool(GemmaTokenizer.files(checkpoint))
     tokenizer = GemmaTokenizer.from_pretrained(checkpoint) if has_tokenizer else None
-    if quantization is None:
-        precision, formats = Precision.of(dtype or _own_dtype(source), cache_dtype), {}
-    else:
+    formats = _formats(source, quantization)
+    if formats or quantization is not None:
         precision = Precision.of_quantized(dtype, cache_dtype)
-        formats = formats_of(source.config, quantization)
+    else:
+        precision = Precision.of(dtype or _own_dtype(source), cache_dtype)
     lowerings = choose_lowerings(graphs, precision, formats)
     with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
         overflow = preflight(
@@ -106,6 +108,20 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         require_space(folder, plan.weights_bytes, output)
         write_bundle(plan, folder, on_progress)
     return Bundle.open(output)
+
+
+def _formats(
+    source: Checkpoint, quantization: QuantizationOptions | None
+) -> dict[str, WeightFormat]:
+    """Return how matrices are stored that are quantized, by the checkpoint or by this export."""
+    given = {name: WeightFormat("nf4", size) for name, size in source.nf4_block_sizes.items()}
+    if given and quantization is not None:
+        raise RequestError(
+            f"{source.folder} is quantized already ({len(given)} matrices in bitsandbytes' NF4), and "
+            f"{quantization.scheme} would be made of what that left over. Export it without "
+            "options of quantization, which keeps its codes, or quantize the original checkpoint"
+        )
+    return given if quantization is None else formats_of(source.config, quantization)
 
 
 def _own_dtype(source: Checkpoint) -> DType:

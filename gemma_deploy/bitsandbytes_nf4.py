@@ -7,6 +7,7 @@ NAME.nested_absmax of their block + nested_offset.
 Source: bitsandbytes' QuantState (https://github.com/bitsandbytes-foundation/bitsandbytes).
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -157,8 +158,10 @@ def _check_sizes(name: str, matrix: Nf4Matrix) -> None:
     """Require of every part the dtype and length that the others call for."""
     num_blocks = -(-math.prod(matrix.shape) // matrix.block_size)
     nested = matrix.nested
+    # The dtype of codes is that of bnb_4bit_quant_storage, and says nothing: they are bytes.
+    codes = dataclasses.replace(matrix.codes, dtype="U8")
     expected: list[tuple[TensorInfo, str, int]] = [
-        (matrix.codes, "U8", math.prod(matrix.shape) // 2),
+        (codes, "U8", math.prod(matrix.shape) // 2),
         (matrix.quant_map, "F32", _NUM_VALUES),
         (matrix.absmax, "F32" if nested is None else "U8", num_blocks),
     ]
