@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, expected_tensors
+from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision, cache_bytes
 from gemma_deploy.quantization.formats import WeightFormat
@@ -37,7 +37,7 @@ class MemoryEstimate:
         batch_size: B, rows.
         max_seq_len: T, capacity of the KV cache in tokens.
         prefill_tokens: S, most tokens of one row that are computed in one step.
-        weights_bytes: The weights as a GPU holds them.
+        weights_bytes: The weights as they are stored, and as a GPU holds them.
         cpu_weights_bytes: The copies of them that a CPU computes with.
         kv_cache_bytes: Key and value cache of every layer.
         activation_bytes: Peak of the tensors inside a prefill step; a decode step needs less.
@@ -112,19 +112,6 @@ def cpu_weights_bytes(config: GemmaConfig, formats: Mapping[str, WeightFormat] =
             case _:
                 total += 2 * float32_bytes
     return total + largest_nf4
-
-
-def gpu_weights_bytes(
-    config: GemmaConfig, stored_bytes: int, formats: Mapping[str, WeightFormat]
-) -> int:
-    """Return what a GPU holds of weights, and an engine's plan: a tied table of 8-bit codes twice.
-
-    TensorRT keeps one for the lookup and one for the head; codes of 4 bits serve both.
-    """
-    table = formats.get(EMBEDDING_WEIGHT)
-    if not config.tie_word_embeddings or table is None or table.bits != 8:
-        return stored_bytes
-    return stored_bytes + table.size_bytes((config.vocab_size, config.hidden_size))
 
 
 def group_of(tensor_name: str) -> str:
@@ -203,7 +190,7 @@ def estimate(
         batch_size=batch_size,
         max_seq_len=max_seq_len,
         prefill_tokens=tokens,
-        weights_bytes=gpu_weights_bytes(config, stored_bytes, formats),
+        weights_bytes=stored_bytes,
         cpu_weights_bytes=cpu_weights_bytes(config, formats),
         kv_cache_bytes=cache_bytes(config, precision.cache, batch_size, max_seq_len),
         activation_bytes=activation_bytes(

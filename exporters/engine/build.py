@@ -27,7 +27,6 @@ from gemma_deploy.exporters.engine.resources import check_resources
 from gemma_deploy.exporters.engine.targets import choose_targets
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import PHASES, Phase
-from gemma_deploy.memory import gpu_weights_bytes
 from gemma_deploy.plugins.attention import PLUGIN_VERSION
 from gemma_deploy.staging import staged_folder
 from gemma_deploy.tensorrt import TensorRTLibrary, load_library
@@ -85,8 +84,7 @@ def build_engine(
     existing = None if force else _existing(folder)
     if existing is not None:
         return BuiltEngine(engine=existing, is_new=False)
-    stored_bytes = bundle.manifest.files[bundle.manifest.weights].size_bytes
-    weights_bytes = gpu_weights_bytes(bundle.config, stored_bytes, bundle.manifest.formats)
+    weights_bytes = bundle.manifest.files[bundle.manifest.weights].size_bytes
     check_resources(bundle.folder, build, weights_bytes)
     try:
         # What is there is either to be replaced or damaged.

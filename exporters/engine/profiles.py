@@ -46,11 +46,13 @@ def optimization_profiles(
     """
     sizes = {"prefill": _prefill(limits), "decode": _decode(limits)}
     if layout == "one-engine":
-        # With every dimension fixed, TensorRT for RTX may store weights a second time for the
-        # profile (small models doubled; layers of the 2B shape grew by 4 %): so a single row is
-        # built as one row or two.
-        low, usual, high = sizes["decode"]["B"]
-        sizes["decode"] = {**sizes["decode"], "B": (low, usual, max(2, high))}
+        # TensorRT for RTX stores weights a second time (8-bit ones whole, others in part) for a profile
+        # whose dynamic dimensions are not those of the first: what prefill may have several of,
+        # decode is built to have two of.
+        sizes["decode"] = {
+            letter: (low, usual, high if sizes["prefill"][letter][2] == 1 else max(2, high))
+            for letter, (low, usual, high) in sizes["decode"].items()
+        }
         return [_profile(spec, sizes["prefill"]), _profile(spec, sizes["decode"])]
     return [_profile(spec, sizes[phase])]
 

@@ -22,7 +22,7 @@ def check_resources(folder: Path, build: EngineBuild, weights_bytes: int) -> Non
     Args:
         folder: An existing folder on the disk that the engine goes to.
         build: The engine.
-        weights_bytes: About how large a plan becomes; see `memory.gpu_weights_bytes`.
+        weights_bytes: Size of the bundle's weights: what a plan is about as large as.
 
     Raises:
         EngineBuildError: What is there, what is needed, and what to do.

@@ -1,8 +1,7 @@
 """The traced ops over quantized weights, one function per op and way to write it.
 
 `linear` and `looked_up_embedding` are standard ONNX. TensorRT instead takes rows out of the
-dequantized table (`dequantized_embedding`): int4 codes then serve the lookup and a tied head from one
-copy, and nothing but the rows is ever dequantized.
+dequantized table (`dequantized_embedding`): an engine then holds a tied table once, as codes.
 
 ONNX Runtime has kernels that multiply with codes (`onnxruntime_linear`); its products with all other
 formats are over float32 copies, made when the graph is loaded.

@@ -155,14 +155,6 @@ class TestEstimate:
 
         assert memory.cpu_weights_bytes(SMALL, formats) == (2336 - 800) * 4 + 800 + 800 // 32 * 16
 
-    @pytest.mark.parametrize(("scheme", "extra"), [("int4/32", 0), ("int8/channel", 800 + 200)])
-    def test_a_gpu_holds_a_tied_table_of_bytes_twice(self, scheme: str, extra: int) -> None:
-        formats = {"model.embed_tokens.weight": WeightFormat.parse(scheme)}
-        untied = GemmaConfig.from_dict(SMALL.to_dict() | {"tie_word_embeddings": False})
-
-        assert memory.gpu_weights_bytes(SMALL, 5000, formats) == 5000 + extra
-        assert memory.gpu_weights_bytes(untied, 5000, formats) == 5000
-
     def test_a_short_cache_needs_no_long_chunk(self) -> None:
         result = memory.estimate(
             SMALL,

@@ -36,17 +36,21 @@ def test_one_engine_has_a_profile_for_each_phase() -> None:
     assert prefill["past_key_values.1.key"] == _range(
         (1, 3, 100, 8), (1, 3, 100, 8), (4, 3, 100, 8)
     )
-    assert decode["input_ids"] == _range((1, 1), (4, 1), (4, 1))
-    assert decode["logits_index"] == _range((1, 1), (4, 1), (4, 1))
+    assert decode["input_ids"] == _range((1, 1), (4, 1), (4, 2))
+    assert decode["logits_index"] == _range((1, 1), (4, 1), (4, 2))
     assert decode["past_key_values.0.value"] == _range(
         (1, 3, 100, 8), (4, 3, 100, 8), (4, 3, 100, 8)
     )
 
 
-def test_a_second_profile_is_never_fixed() -> None:
-    _, decode = _profiles("one-engine", "prefill", _limits(1))
-    assert decode["input_ids"] == _range((1, 1), (1, 1), (2, 1))
-    assert decode["input_pos"] == _range((1,), (1,), (2,))
+def test_both_profiles_have_the_same_dynamic_dimensions() -> None:
+    prefill, decode = _profiles("one-engine", "prefill", _limits(1))
+    assert decode["input_ids"] == _range((1, 1), (1, 1), (1, 2))
+    assert decode["input_pos"] == _range((1,), (1,), (1,))
+    for name, shape in prefill.items():
+        pairs = zip(shape.smallest, shape.largest, strict=True)
+        others = zip(decode[name].smallest, decode[name].largest, strict=True)
+        assert [low < high for low, high in pairs] == [low < high for low, high in others]
 
 
 def test_two_engines_have_one_profile_each() -> None:
