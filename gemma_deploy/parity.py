@@ -193,7 +193,7 @@ def compare(
 
 def default_tolerance(
     precision: Precision,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     reference: Sequence[FloatArray],
     *,
     is_widened: bool = False,
@@ -213,12 +213,13 @@ def default_tolerance(
 
     Args:
         precision: The candidate's.
-        checkpoint: What it was made of.
-        reference: Logits of the checkpoint.
+        checkpoint: What it was made of; None where the reference has the candidate's own weights.
+        reference: Logits of the checkpoint, or of these weights in float32.
         is_widened: Whether the graph is made to compute in 16 bits, and was computed in float32.
     """
-    stored = {DTYPE_NAMES[tensor.dtype] for tensor in checkpoint.tensors.values()}
-    are_weights_exact = precision.weights == "float32" or stored == {precision.weights}
+    tensors = {} if checkpoint is None else checkpoint.tensors
+    stored = {DTYPE_NAMES[tensor.dtype] for tensor in tensors.values()}
+    are_weights_exact = precision.weights == "float32" or stored <= {precision.weights}
     if precision.activations == "float32" or is_widened:
         exact, inexact = _WIDENED[precision.activations], _NARROWED[precision.weights]
         share = exact if are_weights_exact else inexact

@@ -18,6 +18,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far a quantized bundle's predictions are from those of its checkpoint.
+
+    Attributes:
+        positions: Number of positions compared.
+        mean_kl_nats: Mean of KL(checkpoint || bundle), in nats; None if a logit was no number.
+        max_kl_nats: Its largest; None likewise.
+        greedy_agreement: Share of positions with the same likeliest token.
+    """
+
+    positions: int
+    mean_kl_nats: float | None
+    max_kl_nats: float | None
+    greedy_agreement: float
+
+    @classmethod
+    def of(cls, report: "ParityReport") -> "Distance":
+        """Return what a comparison says of it."""
+        return cls(**{field.name: getattr(report, field.name) for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """What one check found.
 
@@ -25,13 +47,16 @@ class Check:
         name: What was checked.
         is_ok: Whether it passed.
         detail: What was found.
-        parity: The figures, of a comparison with the checkpoint.
+        parity: The figures, of a comparison with the checkpoint, or with a quantized bundle's own
+            weights.
+        distance: How far a quantized bundle is from the checkpoint.
     """
 
     name: str
     is_ok: bool
     detail: str
     parity: "ParityReport | None" = None
+    distance: "Distance | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""

@@ -1,21 +1,22 @@
 """The checks of `gemma-deploy verify`, one after the other until one fails."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.cli.checks import Check, check_hashes, passed, require_same_model
+from gemma_deploy.cli.checks import Check, Distance, check_hashes, passed, require_same_model
 from gemma_deploy.cli.console import Progress, format_bytes
-from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk
+from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk, whole
 from gemma_deploy.cli.lazy_group import explain_os_error
 from gemma_deploy.cli.verification_graphs import GraphChoice, check_weights
+from gemma_deploy.cli.verification_reference import bundle_logits, checkpoint_logits
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
-from gemma_deploy.errors import CheckpointError, GemmaDeployError, RequestError
+from gemma_deploy.errors import GemmaDeployError, RequestError
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.manifest import FORMAT_VERSION
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
@@ -34,6 +35,8 @@ class Verification:
         checkpoint: The checkpoint it should agree with; None for no comparison.
         graphs: Which graphs are run, and where.
         tolerance: Largest difference of a logit that passes; None for what rounding explains.
+        max_kl: Largest mean KL of a quantized bundle from the checkpoint that passes, in nats; None
+            for any.
         text: What is read; None for a text of our own.
         tokens: Most tokens of the text that are read.
     """
@@ -42,6 +45,7 @@ class Verification:
     checkpoint: Path | None
     graphs: GraphChoice
     tolerance: float | None
+    max_kl: float | None
     text: str | None
     tokens: int
 
@@ -66,15 +70,20 @@ class Verification:
             name = "tokenizer"
             yield passed(name, _check_tokenizer(bundle))
             name = "checkpoint"
-            rows, reference = self._reference(bundle, on_progress)
+            rows, original, reference = self._references(bundle, on_progress)
             if rows:
                 yield passed(name, describe_rows(bundle.config, rows, self.tokens))
             name = "graphs"
             on_progress("loading the graphs", 0, 1)
-            with self.graphs.load(bundle) as session:
+            with self.graphs.load(bundle, is_exact=bool(rows)) as session:
                 yield passed(name, self.graphs.describe(bundle.config, session))
                 name = "parity"
                 yield from self._compare(bundle, session, rows, reference, on_progress)
+            if rows and bundle.manifest.formats:
+                name = "distance"
+                on_progress("measuring the distance from the checkpoint", 0, 1)
+                with self.graphs.load(bundle) as session:
+                    yield self._distance(bundle, session, rows, original)
         except RequestError:
             raise
         except GemmaDeployError as err:
@@ -84,41 +93,25 @@ class Verification:
                 raise
             yield Check(name=name, is_ok=False, detail=explain_os_error(err))
 
-    def _reference(
+    def _references(
         self, bundle: Bundle, on_progress: Progress
-    ) -> tuple[tuple[TokenRow, ...], list[FloatArray]]:
-        """Return what is read, and its logits by the eager float32 torch model, gone afterwards.
+    ) -> tuple[tuple[TokenRow, ...], list[FloatArray], list[FloatArray]]:
+        """Return what is read, its logits by the checkpoint, and those the graphs should give.
+
+        Those of a quantized bundle are its own weights' logits: the checkpoint's are others.
 
         Raises:
             CheckpointError: It is another model's, or its own logits are not finite.
+            BundleError: The bundle's weights cannot be read, or their logits are not finite.
         """
         if self.checkpoint is None:
-            return (), []
+            return (), [], []
         rows = token_rows(bundle, self.text, self.tokens)
         require_same_model(bundle.folder, bundle.config, Checkpoint.open(self.checkpoint))
-        import torch
-
-        from gemma_deploy.model import GemmaForCausalLM
-
-        on_progress("loading the checkpoint", 0, 1)
-        model = GemmaForCausalLM.from_pretrained(
-            self.checkpoint, dtype=torch.float32, attn_implementation="eager"
-        )
-        found: list[FloatArray] = []
-        with torch.inference_mode():
-            for row in rows:
-                on_progress("running the checkpoint", len(found), len(rows))
-                wanted = torch.tensor(row.positions)
-                output = model(
-                    torch.tensor([row.token_ids]), logits_to_keep=wanted, use_cache=False
-                )
-                found.append(output.logits[0].numpy())
-        if not all(np.isfinite(logits).all() for logits in found):
-            raise CheckpointError(
-                f"{self.checkpoint} itself gives logits that are NaN or infinite in float32, so "
-                "nothing can be compared with it: its weights are damaged; download it again"
-            )
-        return rows, found
+        original = checkpoint_logits(self.checkpoint, rows, on_progress)
+        if not bundle.manifest.formats:
+            return rows, original, original
+        return rows, original, bundle_logits(bundle, rows, on_progress)
 
     def _compare(
         self,
@@ -133,7 +126,7 @@ class Verification:
         precision = bundle.manifest.precision_of(self.graphs.lowering)
         tolerance = self.tolerance or default_tolerance(
             precision,
-            Checkpoint.open(self.checkpoint),
+            None if bundle.manifest.formats else Checkpoint.open(self.checkpoint),
             reference,
             is_widened=self.graphs.is_widened,
         )
@@ -153,6 +146,34 @@ class Verification:
             yield Check(
                 name=f"parity, {name}", is_ok=report.is_within, detail=detail, parity=report
             )
+
+    def _distance(
+        self,
+        bundle: Bundle,
+        session: "OnnxRuntimeSession",
+        rows: Sequence[TokenRow],
+        original: Sequence[FloatArray],
+    ) -> Check:
+        """Measure how far a quantized bundle, as it runs, is from what it was made of."""
+        report = compare(
+            rows[:1], original[:1], lambda rows: whole(session, rows), tolerance=math.inf
+        )
+        kl = report.mean_kl_nats
+        if kl is None:
+            activations = bundle.manifest.precision_of(self.graphs.lowering).activations
+            detail = describe_parity(report, activations)
+        else:
+            limit = "" if self.max_kl is None else f" (at most {self.max_kl:.2g} allowed)"
+            detail = (
+                f"KL {kl:.2g} nats on average{limit}, {report.max_kl_nats:.2g} at most; same greedy "
+                f"token at {report.greedy_agreement:.1%} of {report.positions} positions"
+            )
+        return Check(
+            name="distance, from the checkpoint",
+            is_ok=kl is not None and (self.max_kl is None or kl <= self.max_kl),
+            detail=detail,
+            distance=Distance.of(report),
+        )
 
 
 def describe_parity(report: ParityReport, activations: DType) -> str:
@@ -189,7 +210,12 @@ def _require_there(folder: Path, what: str) -> None:
 def _describe(bundle: Bundle) -> str:
     files = bundle.manifest.files
     size = format_bytes(sum(record.size_bytes for record in files.values()))
-    return f"format {FORMAT_VERSION}, {len(files)} files of {size}, all there"
+    said = f"format {FORMAT_VERSION}, {len(files)} files of {size}, all there"
+    formats = Counter(map(str, bundle.manifest.formats.values())).most_common()
+    if not formats:
+        return said
+    counted = ", ".join(f"{count} in {name}" for name, count in formats)
+    return f"{said}; matrices quantized by {bundle.manifest.method}: {counted}"
 
 
 def _check_tokenizer(bundle: Bundle) -> str:

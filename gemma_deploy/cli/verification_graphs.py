@@ -1,5 +1,6 @@
 """The graphs that `verify` runs, of whichever lowering, on ONNX Runtime: `GraphChoice`."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ _ASSUMED = (
     "; that TRT_Attention counts each row's own length (kv_lengths with lower_right) is taken from its "
     "documentation"
 )
+# MatMulNBits' accuracy_level: activations in float32.
+_FLOAT32_LEVEL = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +46,14 @@ class GraphChoice:
         """Whether graphs made for 16 bits are computed in float32."""
         return self.lowering == "tensorrt"
 
-    def load(self, bundle: Bundle) -> "OnnxRuntimeSession":
+    def load(self, bundle: Bundle, *, is_exact: bool = False) -> "OnnxRuntimeSession":
         """Load both graphs.
+
+        Args:
+            bundle: The bundle.
+            is_exact: Whether ONNX Runtime's graphs multiply quantized weights with float activations
+                as they are. In bundles they round each block of activations to 8 bits, as fast
+                kernels do, so that a wrong scale of a few weights would not show.
 
         Raises:
             RequestError: A device that these graphs do not run on, or native attention for a model
@@ -58,6 +67,8 @@ class GraphChoice:
 
         device = Device.parse(self.device)
         graphs: dict[Phase, GraphSource] | None = None
+        if self.lowering == "onnxruntime" and is_exact and bundle.manifest.formats:
+            graphs = {phase: _exact_source(bundle, phase) for phase in PHASES}
         if self.lowering != "onnxruntime":
             if device.kind == "cuda":
                 raise RequestError(
@@ -110,6 +121,20 @@ def check_weights(bundle: Bundle) -> str:
         for phase in PHASES:
             check_external_data(bundle.folder, bundle.graph_path(phase, lowering))
     return f"every tensor of the graphs lies inside {bundle.manifest.weights}"
+
+
+def _exact_source(bundle: Bundle, phase: Phase) -> "GraphSource":
+    """Return a graph of ONNX Runtime's whose products round no activations."""
+    import onnx_ir as ir
+
+    from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource
+
+    source = GraphSource.of(bundle, phase, "onnxruntime")
+    model = ir.load(source.path)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32_LEVEL)
+    return dataclasses.replace(source, model=ir.to_proto(model).SerializeToString())
 
 
 def _reference_model(source: "GraphSource", attention: Attention) -> bytes:

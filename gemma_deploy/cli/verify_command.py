@@ -32,6 +32,11 @@ computes in float32 on the weights as they were (only the order of sums differs)
 (each activation is rounded to 11 bits), 0.05 for weights that were narrowed to bfloat16 (8 bits) and
 for TensorRT graphs in it.
 
+A quantized bundle is compared with two things. Its graphs must agree with its own weights, codes times
+scales in float32, to the same tolerances: ONNX Runtime's graphs then run without rounding activations to
+8 bits, as they otherwise do (about 0.01 of the largest logit). And the distance of the bundle as it runs
+from its checkpoint is measured; --max-kl bounds it.
+
 That a float16 bundle passes on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's
 CPU multiplies matrices in float32.
 """,
@@ -64,6 +69,13 @@ CPU multiplies matrices in float32.
     metavar="X",
     help="Largest difference of a logit that passes. A different likeliest token counts only where "
     "float32's best two are further apart than X. [default: by dtype, see below]",
+)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="NATS",
+    help="Largest mean KL divergence of a quantized bundle from its checkpoint that passes. "
+    "[default: any; it is reported]",
 )
 @click.option(
     "--text",
@@ -103,6 +115,7 @@ def command(
     lowering: "Lowering",
     attention: "Attention | None",
     tolerance: float | None,
+    max_kl: float | None,
     text_file: Path | None,
     tokens: int,
     device: str,
@@ -117,8 +130,10 @@ def command(
     are compared with the checkpoint's. Of an engine the manifest, the files' SHA-256 and the tokenizer
     are checked.
     """
-    if checkpoint is None and (tolerance is not None or text_file is not None):
-        raise click.UsageError("--tolerance and --text compare logits: give --checkpoint too")
+    if checkpoint is None and any(x is not None for x in (tolerance, max_kl, text_file)):
+        raise click.UsageError(
+            "--tolerance, --max-kl and --text compare logits: give --checkpoint too"
+        )
     if tolerance is not None and not math.isfinite(tolerance):
         raise click.UsageError(f"--tolerance is {tolerance}; expected a finite number above 0")
     if attention is not None and lowering != "tensorrt":
@@ -144,6 +159,7 @@ def command(
                 lowering=lowering, attention=attention or "auto", device=device, threads=threads
             ),
             tolerance=tolerance,
+            max_kl=max_kl,
             text=None if text_file is None else _read(text_file),
             tokens=tokens,
         ).checks

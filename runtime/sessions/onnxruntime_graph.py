@@ -44,11 +44,14 @@ class GraphSource:
         path: The graph's file; its external data lies in the same folder.
         spec: What it takes and gives.
         model: The serialized model to run in the file's place, a rewrite of it; None for the file.
+        continues_rows_in_turn: Whether it takes several tokens behind a cache for one row only, as
+            GroupQueryAttention does.
     """
 
     path: Path
     spec: GraphSpec
     model: bytes | None = None
+    continues_rows_in_turn: bool = False
 
     @classmethod
     def of(cls, bundle: Bundle, phase: Phase, lowering: Lowering) -> "GraphSource":
@@ -59,7 +62,11 @@ class GraphSource:
         """
         path = bundle.graph_path(phase, lowering)
         check_external_data(bundle.folder, path)
-        return cls(path=path, spec=bundle.manifest.spec(phase, lowering))
+        return cls(
+            path=path,
+            spec=bundle.manifest.spec(phase, lowering),
+            continues_rows_in_turn=lowering == "onnxruntime",
+        )
 
 
 class OnnxRuntimeGraph:

@@ -60,7 +60,7 @@ class OnnxRuntimeSession:
             device: Where to run; None is `auto`.
             threads: Threads of the CPU kernels; None for one per core.
             use_decode_graph: Whether to load the decode graph too and use it for single tokens.
-            graphs: Graphs of another lowering to run, of standard operators. None for those that the
+            graphs: Other graphs to run: of another lowering, or rewritten. None for those that the
                 bundle has for ONNX Runtime.
 
         Raises:
@@ -70,9 +70,9 @@ class OnnxRuntimeSession:
         """
         self.config: GemmaConfig = bundle.config
         device = _with_attention(device or Device(kind="auto"), bundle.manifest.precision)
-        self._continues_rows_in_turn = graphs is None
         phases: list[Phase] = ["prefill", "decode"] if use_decode_graph else ["prefill"]
         sources = graphs or {x: GraphSource.of(bundle, x, "onnxruntime") for x in phases}
+        self._continues_rows_in_turn = any(x.continues_rows_in_turn for x in sources.values())
         self._spec = sources["prefill"].spec
         self._prefill = OnnxRuntimeGraph(sources["prefill"], device, threads)
         self.device = self._prefill.device

@@ -1,0 +1,84 @@
+"""What the logits of `verify` should be: eager torch in float32, of a checkpoint or of a bundle."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma_deploy.bundle import Bundle
+from gemma_deploy.cli.console import Progress
+from gemma_deploy.errors import BundleError, CheckpointError
+from gemma_deploy.parity import FloatArray, TokenRow
+
+if TYPE_CHECKING:
+    from gemma_deploy.model import GemmaForCausalLM
+
+
+def checkpoint_logits(
+    checkpoint: Path, rows: Sequence[TokenRow], on_progress: Progress
+) -> list[FloatArray]:
+    """Return the logits of each row by a checkpoint's model, which is gone afterwards.
+
+    Raises:
+        CheckpointError: It cannot be read, or its own logits are not finite.
+    """
+    import torch
+
+    from gemma_deploy.model import GemmaForCausalLM
+
+    def load() -> GemmaForCausalLM:
+        return GemmaForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
+        )
+
+    found = _logits(load, rows, on_progress, "the checkpoint")
+    if not _are_finite(found):
+        raise CheckpointError(
+            f"{checkpoint} itself gives logits that are NaN or infinite in float32, so "
+            "nothing can be compared with it: its weights are damaged; download it again"
+        )
+    return found
+
+
+def bundle_logits(
+    bundle: Bundle, rows: Sequence[TokenRow], on_progress: Progress
+) -> list[FloatArray]:
+    """Return the logits of each row by the model that a bundle's weights stand for.
+
+    Raises:
+        BundleError: They cannot be read, or the logits are not finite.
+    """
+    from gemma_deploy.model.bundle_weights import load_bundle_model
+
+    found = _logits(lambda: load_bundle_model(bundle), rows, on_progress, "the bundle's weights")
+    if not _are_finite(found):
+        raise BundleError(
+            f"the weights of {bundle.folder} give logits that are NaN or infinite in float32: they "
+            "are damaged; export the bundle again"
+        )
+    return found
+
+
+def _logits(
+    load: "Callable[[], GemmaForCausalLM]",
+    rows: Sequence[TokenRow],
+    on_progress: Progress,
+    what: str,
+) -> list[FloatArray]:
+    import torch
+
+    on_progress(f"loading {what}", 0, 1)
+    model = load()
+    found: list[FloatArray] = []
+    with torch.inference_mode():
+        for row in rows:
+            on_progress(f"running {what}", len(found), len(rows))
+            wanted = torch.tensor(row.positions)
+            output = model(torch.tensor([row.token_ids]), logits_to_keep=wanted, use_cache=False)
+            found.append(output.logits[0].numpy())
+    return found
+
+
+def _are_finite(found: Sequence[FloatArray]) -> bool:
+    return all(bool(np.isfinite(logits).all()) for logits in found)
