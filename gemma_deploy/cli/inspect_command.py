@@ -142,7 +142,9 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
     facts.append(("stored as", dtypes))
     if inspection.matrices_by_format:
         counts = inspection.matrices_by_format.items()
-        formats = ", ".join(f"{name} ({count} matrices)" for name, count in counts)
+        formats = ", ".join(
+            f"{name}: {count} {'matrix' if count == 1 else 'matrices'}" for name, count in counts
+        )
         facts.append(("quantized", formats))
     if inspection.manifest is not None:
         facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))

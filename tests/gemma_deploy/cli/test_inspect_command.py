@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -5,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+
+from gemma_deploy.inspection import inspect_folder
 
 
 class TestBundle:
@@ -92,6 +95,41 @@ class TestBundle:
 
         assert result.exit_code == 2
         assert "max_seq_len is 9000" in result.stderr
+
+
+class TestQuantizedBundle:
+    @pytest.fixture(autouse=True)
+    def _quantized(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the bundle be inspected as a quantized one."""
+        quantized = dataclasses.replace(
+            inspect_folder(bundle),
+            parameters=2_000_000,
+            weights_bytes=1 << 20,
+            bytes_by_group={"embedding": 1 << 19, "attention": 1 << 19},
+            bits_by_group={"embedding": 8.5, "attention": 4.25},
+            matrices_by_format={"int4/64": 35, "int8/32": 1},
+        )
+        monkeypatch.setattr("gemma_deploy.inspection.inspect_folder", lambda _: quantized)
+
+    def test_shows_formats_and_what_a_weight_takes(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        lines = [" ".join(line.split()) for line in invoke("inspect", bundle).stdout.splitlines()]
+
+        assert "quantized int4/64: 35 matrices, int8/32: 1 matrix" in lines
+        start = lines.index("Weights") + 1
+        assert lines[start : start + 3] == [
+            "embedding 512.00 KiB, 8.50 bits per weight",
+            "attention 512.00 KiB, 4.25 bits per weight",
+            "total 1.00 MiB, 4.19 bits per weight",
+        ]
+
+    def test_json(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        weights = json.loads(invoke("inspect", bundle, "--json").stdout)["weights"]
+
+        assert weights["bits_per_weight"] == pytest.approx(8 * (1 << 20) / 2_000_000)
+        assert weights["bits_by_group"] == {"embedding": 8.5, "attention": 4.25}
+        assert weights["matrices_by_format"] == {"int4/64": 35, "int8/32": 1}
 
 
 class TestBundleWithEngines:
