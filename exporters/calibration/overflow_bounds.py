@@ -20,9 +20,11 @@ from gemma_deploy.exporters.calibration.overflow_scaling import overflow_report
 from gemma_deploy.overflow_report import OverflowReport
 
 BOUND_HEADROOM: Final = 1.0625
-"""Bounds hold for every text; what is left over is float16's own rounding inside a layer."""
+"""Bounds hold for every text; what is left over is for rounding: float16's inside a layer, float32's
+in the sums here."""
 
-_BLOCK_BYTES = 32 << 20
+# Several passes are made over a block, which should stay in a core's cache.
+_BLOCK_BYTES = 512 << 10
 
 OnProgress = Callable[[str, int, int], object]
 
@@ -77,7 +79,11 @@ class _Bounds:
 
     def embedding(self) -> Tensor:
         """Return the largest magnitude of each channel of scaled embeddings, [D]."""
-        return self._reduced(EMBEDDING_WEIGHT, _largest_of_columns).amax(0) * self.length
+        largest = torch.zeros(self._config.hidden_size)
+        for block in self._checkpoint.row_blocks(EMBEDDING_WEIGHT, _BLOCK_BYTES):
+            rows = self._read(EMBEDDING_WEIGHT, *block)
+            torch.maximum(largest, rows.abs_().amax(0), out=largest)
+        return largest.double() * self.length
 
     def layer(self, index: int) -> tuple[dict[str, float], Tensor]:
         """Return the peaks of a layer but `residual`, and what it adds to each channel at most, [D]."""
@@ -97,7 +103,7 @@ class _Bounds:
 
     def projected(self, name: str, norm: Tensor) -> Tensor:
         """Return what each row of a matrix gives of a normalized vector at most, [N]."""
-        lengths = self._reduced(name, lambda rows: (rows * norm.float()).norm(dim=1).double())
+        lengths = self._reduced(name, lambda rows: (rows * norm.float()).norm(dim=1))
         bias = name.removesuffix("weight") + "bias"
         extra = self._read(bias).double().abs() if bias in self._checkpoint.tensors else 0.0
         return self.length * lengths + extra
@@ -146,14 +152,17 @@ class _Bounds:
 
     def _absorbed(self, name: str, inputs: Tensor) -> Tensor:
         """Return what each row of a matrix gives of bounded inputs [K] at most, [N]."""
-        sums = self._reduced(name, lambda rows: rows.abs().double() @ inputs)
+        sums = self._reduced(name, lambda rows: rows.abs() @ inputs.float())
         bias = name.removesuffix("weight") + "bias"
         return sums + self._read(bias).double().abs() if bias in self._checkpoint.tensors else sums
 
     def _reduced(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what `reduce` makes of a matrix's blocks of rows, float32, one after the other."""
-        blocks = self._checkpoint.row_blocks(name, _BLOCK_BYTES)
-        return torch.cat([reduce(self._read(name, *block)) for block in blocks])
+        """Return what `reduce` makes of a matrix's rows, float64 [N]; it is given blocks, float32."""
+        # One allocation: small results that outlive large blocks leave holes in the heap.
+        reduced = torch.empty(self._checkpoint.tensors[name].num_rows, dtype=torch.float64)
+        for start, stop in self._checkpoint.row_blocks(name, _BLOCK_BYTES):
+            reduced[start:stop] = reduce(self._read(name, start, stop))
+        return reduced
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows of a tensor, float32."""
@@ -164,7 +173,3 @@ class _Bounds:
         rows = torch.frombuffer(raw, dtype=getattr(torch, DTYPE_NAMES[info.dtype]))
         check_finite(rows, name)
         return rows.view(stop - start, *info.shape[1:]).float()
-
-
-def _largest_of_columns(rows: Tensor) -> Tensor:
-    return rows.abs().amax(0, keepdim=True).double()
