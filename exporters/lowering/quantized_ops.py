@@ -4,7 +4,7 @@
 dequantized table (`dequantized_embedding`): an engine then holds a tied table once, as codes.
 
 ONNX Runtime has kernels that multiply with codes (`onnxruntime_linear`); its products with all other
-formats are over float32 copies, made when the graph is loaded.
+formats are over dequantized copies, which the package's sessions have made once, when a graph is loaded.
 """
 
 from collections.abc import Sequence
@@ -63,8 +63,8 @@ def onnxruntime_linear(
     elif weight.format.scheme == "nf4":
         product = _mat_mul_bnb4(write, x, weight, activations)
     else:
-        table = _folded_at_load(write, weight, activations)
-        product = write.op("FusedMatMul", x, table, domain=_CONTRIB, transB=1)
+        wide = dequantized(write, weight, activations)
+        product = write.op("FusedMatMul", x, wide, domain=_CONTRIB, transB=1)
     return [_biased(write, product, node, activations)]
 
 
@@ -118,20 +118,6 @@ def _mat_mul_bnb4(
         block_size=weight.block_size,
         quant_type=_NF4,
     )
-
-
-def _folded_at_load(
-    write: NodeWriter, weight: QuantizedWeight, activations: ir.DataType
-) -> ir.Value:
-    """Write the matrix [N, K] in ops that ONNX Runtime folds: DequantizeLinear it leaves alone."""
-    codes = write.op("Cast", weight.codes(), to=ir.DataType.FLOAT.value)
-    shape = write.int64(weight.num_rows, weight.num_blocks, weight.block_size)
-    scales = write.op("Cast", weight.scales(), to=ir.DataType.FLOAT.value)
-    blocks = write.op(
-        "Mul", write.op("Reshape", codes, shape), write.op("Unsqueeze", scales, write.int64(-1))
-    )
-    rows = write.op("Reshape", blocks, write.int64(weight.num_rows, weight.num_columns))
-    return rows if activations == ir.DataType.FLOAT else write.cast(rows, activations)
 
 
 def _biased(
