@@ -4,7 +4,7 @@ Nothing is measured here. Weights and cache are exact (they are stored and alloc
 shapes); activations are the largest set of tensors that is alive at once in a layer, or at the head.
 A GPU holds the weights as stored. ONNX Runtime on a CPU multiplies with copies of the matrices that
 are packed for its kernels: int4 and int8 codes, float32 of everything else. nf4 is made float32 one
-matrix at a time, at every step; fp8 when it is loaded, which leaves a second copy behind.
+matrix at a time, at every step.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def cpu_weights_bytes(config: GemmaConfig, formats: Mapping[str, WeightFormat] =
                 total += num_blocks * _FLOAT32_BYTES
                 largest_nf4 = max(largest_nf4, float32_bytes)
             case _:
-                total += 2 * float32_bytes
+                total += float32_bytes
     return total + largest_nf4
 
 

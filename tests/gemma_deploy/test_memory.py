@@ -136,7 +136,7 @@ class TestEstimate:
             ("int8/32", 2336 + 2336 // 32 * 16),
             # Rows are cut into blocks of 32 as well.
             ("int8/channel", 2336 + 2336 // 32 * 16),
-            ("fp8/channel", 2336 * 8),
+            ("fp8/channel", 2336 * 4),
             # The table is the largest matrix that is dequantized at a step.
             ("nf4/32", 2336 // 32 * 4 + 800 * 4),
         ],
