@@ -52,7 +52,7 @@ def measured(inflated_checkpoint: Callable[[str], Path]) -> Callable[[str], Over
 
 
 def _rows() -> torch.Tensor:
-    return torch.randint(8, 512, (6, 24), generator=torch.Generator().manual_seed(0))
+    return torch.randint(8, 512, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
