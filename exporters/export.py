@@ -15,6 +15,7 @@ from gemma_deploy.exporters.export_checks import (
 )
 from gemma_deploy.exporters.preflight import preflight
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
+from gemma_deploy.exporters.quantization.prepare import PreparedWeights, prepare
 from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import DType, Lowering, Precision
 from gemma_deploy.manifest import MANIFEST_FILE
@@ -81,6 +82,11 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         precision = Precision.of_quantized(dtype, cache_dtype)
     else:
         precision = Precision.of(dtype or _own_dtype(source), cache_dtype)
+    if quantization is not None and quantization.needs_calibration and not is_calibrated:
+        raise RequestError(
+            "--method awq, --method gptq and --auto calibrate, and --no-calibration forbids it: drop "
+            "one of them"
+        )
     lowerings = choose_lowerings(graphs, precision, formats)
     with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
         overflow = preflight(
@@ -95,18 +101,31 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         scaling = (
             overflow.scaling if overflow is not None and not overflow.scaling.is_none else None
         )
+        weights = PreparedWeights(formats=formats, method="bitsandbytes" if formats else None)
+        if quantization is not None:
+            weights = prepare(
+                source,
+                tokenizer,
+                quantization,
+                precision,
+                text=calibration_text,
+                folder=output.with_name(f"{output.name}.calibration"),
+                on_progress=on_progress,
+            )
         plan = BundlePlan(
             source=source,
             precision=precision,
             lowerings=lowerings,
-            tensors=plan_weights(source, precision, formats, scaling),
-            prepared={},
-            method=None if quantization is None else quantization.method,
+            tensors=plan_weights(source, precision, weights.formats, scaling),
+            prepared=weights.prepared,
+            method=weights.method,
             scaling=scaling,
             overflow=overflow,
         )
         require_space(folder, plan.weights_bytes, output)
         write_bundle(plan, folder, on_progress)
+    if weights.work is not None:
+        weights.work.remove()
     return Bundle.open(output)
 
 

@@ -32,6 +32,7 @@ class LayerWalk:
     Attributes:
         config: The model.
         hidden: The residual stream before the next layer, float32 [R, S, D].
+        rows_at_once: Rows that are run together.
 
     Args:
         checkpoint: Where the weights are.
@@ -48,7 +49,7 @@ class LayerWalk:
         self._step = Step.after(0, num_tokens, torch.device("cpu"), None)
         self._masks = StepMasks(self._step, None, is_bidirectional=False)
         widest = max(self.config.intermediate_size, self.config.num_attention_heads * num_tokens)
-        self._rows_at_once = max(1, _STEP_BYTES // (num_tokens * widest * _FLOAT32_BYTES))
+        self.rows_at_once = max(1, _STEP_BYTES // (num_tokens * widest * _FLOAT32_BYTES))
         table, index = torch.unique(token_rows, return_inverse=True)
         self.hidden: Tensor = (
             embedding_rows(checkpoint, table)[index] * self.config.hidden_size**0.5
@@ -85,17 +86,20 @@ class LayerWalk:
             Which rows were run, and the layer's output of them [rows, S, D].
         """
         source = self.hidden if hidden is None else hidden
-        for start in range(0, len(source), self._rows_at_once):
-            rows = slice(start, start + self._rows_at_once)
-            attend = CachedAttention(
-                rotary=RotaryEmbedding(self.config),
-                position_ids=self._step.positions,
-                step=self._step,
-                masks=self._masks,
-                cache=None,
-                implementation="sdpa",
-            )
-            yield rows, layer(source[rows], attend)[0]
+        for start in range(0, len(source), self.rows_at_once):
+            rows = slice(start, start + self.rows_at_once)
+            yield rows, layer(source[rows], self.attend())[0]
+
+    def attend(self) -> CachedAttention:
+        """Return the attention that a layer is called with for some of the rows."""
+        return CachedAttention(
+            rotary=RotaryEmbedding(self.config),
+            position_ids=self._step.positions,
+            step=self._step,
+            masks=self._masks,
+            cache=None,
+            implementation="sdpa",
+        )
 
     def advance(self, layer: GemmaDecoderLayer, hidden: Tensor | None = None) -> None:
         """Run a layer on all rows and put its outputs in the place of its inputs.

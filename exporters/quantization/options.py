@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
@@ -43,8 +42,8 @@ class QuantizationOptions:
         keep: What is not quantized: layer numbers (`3`), ranges (`0-2`, both included), matrices
             (`down_proj`, `3.down_proj`), `embeddings`.
         method: `rtn` rounds to nearest; `awq` and `gptq` look at what the model does with a text.
-        calibration_text: A UTF-8 text file to calibrate on; None for the built-in text.
-        calibration_tokens: How much of it is read.
+            None for rtn, and for gptq with `is_automatic`.
+        calibration_tokens: How much of the calibration text is read.
         is_automatic: Whether formats are chosen per matrix by measured sensitivity, under a budget.
         max_size_bytes: That budget: size of the weights file.
         max_kl_nats: Or that one: mean KL divergence from the float32 model on calibration text.
@@ -58,8 +57,7 @@ class QuantizationOptions:
     is_per_channel: bool = False
     embedding_bits: EmbeddingBits | None = None
     keep: tuple[str, ...] = ()
-    method: Method = "rtn"
-    calibration_text: Path | None = None
+    method: Method | None = None
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
     is_automatic: bool = False
     max_size_bytes: int | None = None
@@ -67,12 +65,12 @@ class QuantizationOptions:
 
     def __post_init__(self) -> None:
         _check_choice("scheme", self.scheme, SCHEMES)
-        _check_choice("method", self.method, METHODS)
+        _check_choice("method", self.chosen_method, METHODS)
         if self.embedding_bits is not None:
             _check_choice("embedding_bits", self.embedding_bits, EMBEDDING_BITS)
-        if self.method != "rtn" and self.scheme not in _CALIBRATED_SCHEMES:
+        if self.chosen_method != "rtn" and self.scheme not in _CALIBRATED_SCHEMES:
             raise RequestError(
-                f"--method {self.method} with {self.scheme}: calibration is there for "
+                f"--method {self.chosen_method} with {self.scheme}: calibration is there for "
                 f"{' and '.join(_CALIBRATED_SCHEMES)}; use --method rtn"
             )
         if self.is_per_channel and self.block_size is not None:
@@ -107,9 +105,14 @@ class QuantizationOptions:
         return WeightFormat(scheme, self.block_size or _DEFAULT_BLOCK_SIZES[scheme])
 
     @property
+    def chosen_method(self) -> Method:
+        """How codes are found."""
+        return self.method or ("gptq" if self.is_automatic else "rtn")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a text has to be run through the model."""
-        return self.method != "rtn" or self.is_automatic
+        return self.chosen_method != "rtn" or self.is_automatic
 
 
 def formats_of(config: GemmaConfig, options: QuantizationOptions) -> dict[str, WeightFormat]:

@@ -1,0 +1,156 @@
+"""Everything an export knows of quantized weights before it writes them: `prepare`."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import RequestError
+from gemma_deploy.exporters.calibration.text import token_rows
+from gemma_deploy.exporters.quantization.automatic import Choice, candidates_of, choose_formats
+from gemma_deploy.exporters.quantization.gptq_run import run_gptq
+from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
+from gemma_deploy.exporters.quantization.sensitivity import measure_sensitivities
+from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
+from gemma_deploy.exporters.weights import plan_weights
+from gemma_deploy.graph_spec import Precision
+from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+ROW_TOKENS: Final = 512
+MIN_CALIBRATION_TOKENS: Final = 2048
+"""Fewer say too little of which inputs go together."""
+_RECIPE: Final = 1
+"""To be raised when calibration finds something else of the same inputs."""
+SENSITIVITY_TOKENS: Final = 512
+"""Read by --auto. Time grows with the square of the number of layers, so there are few of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedWeights:
+    """What is stored how.
+
+    Attributes:
+        formats: Of every quantized matrix, by the checkpoint's names.
+        method: What finds their codes; None where nothing is quantized.
+        prepared: Files of the tensors that are made already (`write_weights`).
+        choices: What `--auto` chose; empty without it.
+        work: Where calibration keeps its results until the export succeeds, or None.
+    """
+
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    method: str | None = None
+    prepared: Mapping[str, Path] = field(default_factory=dict)
+    choices: tuple[Choice, ...] = ()
+    work: WorkFolder | None = None
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    tokenizer: GemmaTokenizer | None,
+    options: QuantizationOptions,
+    precision: Precision,
+    *,
+    text: str | None,
+    folder: Path,
+    on_progress: OnProgress,
+) -> PreparedWeights:
+    """Choose formats and calibrate, where the options ask for it.
+
+    Args:
+        checkpoint: The model.
+        tokenizer: Its tokenizer.
+        options: What is asked for.
+        precision: Of the bundle: what is not quantized.
+        text: What the model reads; None for the built-in text.
+        folder: Where an interrupted calibration finds what it had done.
+        on_progress: Called as the work goes on.
+
+    Raises:
+        RequestError: The text is too short, there is no tokenizer to read it with, or a budget
+            cannot be met.
+        CheckpointError: The weights cannot be read, or one is not finite.
+        ExportError: The work folder cannot be written.
+    """
+    formats = formats_of(checkpoint.config, options)
+    if not options.needs_calibration:
+        return PreparedWeights(formats=formats, method="rtn")
+    if tokenizer is None:
+        raise RequestError(
+            f"{checkpoint.folder} has no tokenizer.json, and calibration reads text: add the "
+            "tokenizer's files, or use --method rtn without --auto"
+        )
+    choices: tuple[Choice, ...] = ()
+    if options.is_automatic:
+        choices = _chosen(checkpoint, tokenizer, options, precision, text, on_progress)
+        formats = {x.name: x.format for x in choices if x.format.is_quantized}
+    method = options.chosen_method
+    if method == "rtn":
+        return PreparedWeights(formats=formats, method=method, choices=choices)
+    rows = token_rows(
+        tokenizer,
+        text,
+        row_tokens=min(ROW_TOKENS, checkpoint.config.max_position_embeddings),
+        min_tokens=min(MIN_CALIBRATION_TOKENS, options.calibration_tokens),
+        max_tokens=options.calibration_tokens,
+    )
+    work = WorkFolder(folder, _key(checkpoint, formats, method, rows))
+    from gemma_deploy.exporters.quantization.awq import run_awq
+
+    run = run_gptq if method == "gptq" else run_awq
+    return PreparedWeights(
+        formats=formats,
+        method=method,
+        prepared=run(checkpoint, rows, formats, work, on_progress),
+        choices=choices,
+        work=work,
+    )
+
+
+def _key(
+    checkpoint: Checkpoint, formats: Mapping[str, WeightFormat], method: str, rows: Tensor
+) -> dict[str, Any]:
+    """Return what the calibrated tensors depend on; of the checkpoint, its files' sizes and dates."""
+    files = {info.file for info in checkpoint.tensors.values()}
+    return {
+        "recipe": _RECIPE,
+        "method": method,
+        "formats": {name: str(weight_format) for name, weight_format in formats.items()},
+        "config": checkpoint.config.to_dict(),
+        "files": sorted((x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in files),
+        "text": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+    }
+
+
+def _chosen(
+    checkpoint: Checkpoint,
+    tokenizer: GemmaTokenizer,
+    options: QuantizationOptions,
+    precision: Precision,
+    text: str | None,
+    on_progress: OnProgress,
+) -> tuple[Choice, ...]:
+    candidates = candidates_of(checkpoint.config, options)
+    rows = token_rows(
+        tokenizer,
+        text,
+        row_tokens=SENSITIVITY_TOKENS // 4,
+        min_tokens=SENSITIVITY_TOKENS // 4,
+        max_tokens=SENSITIVITY_TOKENS,
+    )
+    sensitivities = measure_sensitivities(checkpoint, rows, candidates, on_progress)
+    others = [x for x in plan_weights(checkpoint, precision) if x.source not in candidates]
+    return tuple(
+        choose_formats(
+            checkpoint.config,
+            sensitivities,
+            dense=precision.weights,
+            other_bytes=sum(x.size_bytes for x in others),
+            max_size_bytes=options.max_size_bytes,
+            max_kl_nats=options.max_kl_nats,
+        )
+    )

@@ -1,0 +1,71 @@
+"""What an interrupted calibration keeps: `WorkFolder`."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemma_deploy.errors import ExportError
+
+OnProgress = Callable[[str, int, int], object]
+"""(what is being done, done, total)."""
+
+_KEY_FILE = "calibration.json"
+
+
+class WorkFolder:
+    """A folder of finished tensors, which belong to one checkpoint, text and choice of options.
+
+    Args:
+        path: The folder; it is created, or taken up where a run of the same key left it. What a run
+            of another key left is removed.
+        key: Everything that the tensors depend on, as JSON can hold it.
+
+    Raises:
+        ExportError: There is something else at `path`.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self.path = path
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if path.exists() and (not path.is_dir() or _is_foreign(path)):
+            raise ExportError(
+                f"{path}, where calibration keeps what it has done, holds something else: move it "
+                "away, or choose another output"
+            )
+        if path.exists() and _stated_digest(path) != digest:
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _KEY_FILE).write_text(json.dumps({"sha256": digest}), encoding="utf-8")
+
+    def find(self, name: str) -> Path | None:
+        """Return the file of a finished group of tensors, or None."""
+        path = self.path / f"{name}.safetensors"
+        return path if path.is_file() else None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
+        """Keep a group of tensors; the file appears whole or not at all."""
+        path = self.path / f"{name}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        return partial.replace(path)
+
+    def remove(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.path)
+
+
+def _is_foreign(path: Path) -> bool:
+    return any(path.iterdir()) and not (path / _KEY_FILE).is_file()
+
+
+def _stated_digest(path: Path) -> object:
+    try:
+        return json.loads((path / _KEY_FILE).read_text(encoding="utf-8")).get("sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
