@@ -6,7 +6,7 @@ from torch import Tensor
 from gemma_deploy.exporters.quantization.scale_search import round_codes, storable
 from gemma_deploy.quantization.formats import WeightFormat
 
-_SWEEPS = 6
+_SWEEPS = 5
 
 
 def descend(
@@ -28,51 +28,42 @@ def descend(
     error = target - codes * scales.repeat_interleave(size, -1)
     for _ in range(_SWEEPS):
         for index, block in enumerate(blocks):
-            pull = error @ hessian[:, block]  # [N, block]
             own = hessian[block, block]
-            _fit_scale(error, pull, own, codes, scales, (index, block), weight_format)
-            # The scale moved the block's own error.
-            pull = error @ hessian[:, block]
-            _fit_codes(error[:, block], pull, own, codes[:, block], scales[:, index], weight_format)
+            pull = error @ hessian[:, block]  # [N, block]: half the loss's slope, without its sign
+            moved = _scale_step(pull, own, codes[:, block], scales[:, index], weight_format)
+            scales[:, index] += moved
+            shift = codes[:, block] * moved.unsqueeze(-1)
+            error[:, block] -= shift
+            pull -= shift @ own
+            error[:, block] -= _fit_codes(
+                pull, own, codes[:, block], scales[:, index], weight_format
+            )
 
 
-def _fit_scale(  # one step of `descend`, which holds all of it
-    error: Tensor,
-    pull: Tensor,
-    own: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    place: tuple[int, slice],
-    weight_format: WeightFormat,
-) -> None:
-    index, block = place
-    block_codes = codes[:, block]
-    curvature = ((block_codes @ own) * block_codes).sum(-1)
-    step = torch.where(curvature > 0, (pull * block_codes).sum(-1) / curvature, 0.0)
-    fitted = storable(scales[:, index] + step)
+def _scale_step(
+    pull: Tensor, own: Tensor, codes: Tensor, scale: Tensor, weight_format: WeightFormat
+) -> Tensor:
+    """Return by how much a block's scale [N] goes to its best."""
+    slope = (pull * codes).sum(-1)
+    curvature = ((codes @ own) * codes).sum(-1)
+    fitted = storable(scale + torch.where(curvature > 0, slope / curvature, 0.0))
+    step = fitted - scale
     # Rounding to float16 may undo the gain, and only int4 has negative scales.
-    change = fitted - scales[:, index]
-    is_better = change * (2 * (pull * block_codes).sum(-1) - change * curvature) > 0
+    is_better = step * (2 * slope - step * curvature) > 0
     if weight_format.scheme != "int4":
         is_better &= fitted > 0
-    change = torch.where(is_better, change, 0.0)
-    scales[:, index] += change
-    error[:, block] -= block_codes * change.unsqueeze(-1)
+    return torch.where(is_better, step, 0.0)
 
 
-def _fit_codes(  # one step of `descend`, which holds all of it
-    error: Tensor,
-    pull: Tensor,
-    own: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    weight_format: WeightFormat,
-) -> None:
-    """Fit a block's codes, one column after the other; `error`, `pull` and `codes` are views."""
+def _fit_codes(
+    pull: Tensor, own: Tensor, codes: Tensor, scale: Tensor, weight_format: WeightFormat
+) -> Tensor:
+    """Fit a block's codes in place, one column after the other; return the weights' change."""
+    changes = torch.empty_like(codes)
     for column in range(codes.shape[-1]):
         best = codes[:, column] + pull[:, column] / (own[column, column] * scale)
         rounded = round_codes(best, weight_format)
-        change = (rounded - codes[:, column]) * scale
+        changes[:, column] = (rounded - codes[:, column]) * scale
         codes[:, column] = rounded
-        error[:, column] -= change
-        pull -= change.unsqueeze(-1) * own[column]
+        pull -= torch.outer(changes[:, column], own[column])
+    return changes
