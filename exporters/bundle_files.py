@@ -20,6 +20,7 @@ from gemma_deploy.file_records import FileRecord, record_file
 from gemma_deploy.graph_spec import PHASES, DType, Lowering, Phase, Precision, graph_name
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
+from gemma_deploy.quantization.choices import CHOICES_FILE, Choice, choices_json
 from gemma_deploy.residual_scaling import ResidualScaling
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -50,6 +51,7 @@ class BundlePlan:
         method: What found the codes of quantized matrices; None without any.
         scaling: What weights are divided by; None for nothing.
         overflow: Why; None where nothing computes in float16.
+        choices: What formats were chosen by sensitivity; empty where they were given.
     """
 
     source: Checkpoint
@@ -60,6 +62,7 @@ class BundlePlan:
     method: str | None
     scaling: ResidualScaling | None
     overflow: OverflowReport | None
+    choices: tuple[Choice, ...] = ()
 
     @property
     def weights_bytes(self) -> int:
@@ -85,6 +88,8 @@ def write_bundle(plan: BundlePlan, folder: Path, on_progress: OnProgress) -> Non
     if plan.overflow is not None:
         report = json.dumps(plan.overflow.to_dict(), indent=1)
         (folder / OVERFLOW_FILE).write_text(report + "\n", encoding="utf-8")
+    if plan.choices:
+        (folder / CHOICES_FILE).write_text(choices_json(plan.choices), encoding="utf-8")
     _write_manifest(plan, graphs, folder, {WEIGHTS_FILE: record})
 
 

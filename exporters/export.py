@@ -121,6 +121,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             method=weights.method,
             scaling=scaling,
             overflow=overflow,
+            choices=weights.choices,
         )
         require_space(folder, plan.weights_bytes, output)
         write_bundle(plan, folder, on_progress)

@@ -4,14 +4,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import BundleError
+from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.file_records import changed_files, wrong_file
 from gemma_deploy.graph_spec import Lowering, Phase
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
+from gemma_deploy.quantization.choices import CHOICES_FILE, Choice, parse_choices
+
+Report = TypeVar("Report")
 
 WEIGHTS_FILE = "weights.safetensors"
 GENERATION_FILE = "generation_config.json"
@@ -85,15 +88,25 @@ class Bundle:
         Raises:
             BundleError: The file is not such a report.
         """
-        if OVERFLOW_FILE not in self.manifest.files:
+        return self._report(OVERFLOW_FILE, OverflowReport.from_dict)
+
+    def choices(self) -> tuple[Choice, ...] | None:
+        """Return what formats were chosen by sensitivity; None where they were given.
+
+        Raises:
+            BundleError: The file is not such a list.
+        """
+        return self._report(CHOICES_FILE, parse_choices)
+
+    def _report(self, name: str, parse: Callable[[dict[str, Any]], Report]) -> Report | None:
+        """Parse a file that not all bundles have."""
+        if name not in self.manifest.files:
             return None
-        raw = _json_object(self.folder / OVERFLOW_FILE)
         try:
-            return OverflowReport.from_dict(raw)
-        except (LookupError, TypeError, ValueError) as err:
+            return parse(_json_object(self.folder / name))
+        except (LookupError, TypeError, ValueError, RequestError) as err:
             raise BundleError(
-                f"{self.folder / OVERFLOW_FILE} is damaged ({type(err).__name__}: {err}): export the "
-                "bundle again"
+                f"{self.folder / name} is damaged ({type(err).__name__}: {err}): export the bundle again"
             ) from err
 
     def changed_files(self, on_bytes: Callable[[int], object] = lambda _: None) -> list[str]:

@@ -1,9 +1,9 @@
-"""A bundle, checkpoint or engine as a model of lm-evaluation-harness: `GemmaDeployLM`.
+r"""A bundle, checkpoint or engine as a model of lm-evaluation-harness: `GemmaDeployLM`.
 
 Importing this module registers it as `gemma-deploy`; as a program it is lm-eval's own, which then
 knows that model:
 
-    python -m gemma_deploy.lm_eval_model run --model gemma-deploy --model_args path=BUNDLE \\
+    python -m gemma_deploy.lm_eval_model run --model gemma-deploy --model_args path=BUNDLE \
         --device cpu --tasks piqa
 
 Without --device lm-eval asks for cuda:0. The package is `pip install "gemma-deploy[lm-eval]"`

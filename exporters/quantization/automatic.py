@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT
@@ -11,6 +10,7 @@ from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, is_kept, matrices_of
 from gemma_deploy.exporters.quantization.sensitivity import Sensitivities
 from gemma_deploy.graph_spec import DType
+from gemma_deploy.quantization.choices import Choice
 from gemma_deploy.quantization.formats import WeightFormat
 
 _LADDERS: Final = {
@@ -18,23 +18,6 @@ _LADDERS: Final = {
     "int8": ("int8/128", "int8/32"),
 }
 """Formats that are tried for each scheme, the coarsest first; above them a matrix is kept dense."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What was chosen for one matrix.
-
-    Attributes:
-        name: The checkpoint's name of it.
-        format: How it is stored.
-        size_bytes: What that takes.
-        kl_nats: What rounding it to nearest costs, as mean KL divergence.
-    """
-
-    name: str
-    format: WeightFormat
-    size_bytes: int
-    kl_nats: float
 
 
 def candidates_of(

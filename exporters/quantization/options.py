@@ -73,6 +73,11 @@ class QuantizationOptions:
                 f"--method {self.chosen_method} with {self.scheme}: calibration is there for "
                 f"{' and '.join(_CALIBRATED_SCHEMES)}; use --method rtn"
             )
+        if self.chosen_method != "rtn" and self.is_per_channel:
+            raise RequestError(
+                f"--method {self.chosen_method} with one scale per channel: calibration works on "
+                "blocks; give a block size, or use --method rtn"
+            )
         if self.is_per_channel and self.block_size is not None:
             raise RequestError(
                 "a block size and one scale per channel were both asked for: drop one"

@@ -11,13 +11,15 @@ from torch import Tensor
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.calibration.text import token_rows
-from gemma_deploy.exporters.quantization.automatic import Choice, candidates_of, choose_formats
+from gemma_deploy.exporters.quantization.automatic import candidates_of, choose_formats
+from gemma_deploy.exporters.quantization.awq import run_awq
 from gemma_deploy.exporters.quantization.gptq_run import run_gptq
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
 from gemma_deploy.exporters.quantization.sensitivity import measure_sensitivities
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
 from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.quantization.choices import Choice
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -99,8 +101,6 @@ def prepare(
         max_tokens=options.calibration_tokens,
     )
     work = WorkFolder(folder, _key(checkpoint, formats, method, rows))
-    from gemma_deploy.exporters.quantization.awq import run_awq
-
     run = run_gptq if method == "gptq" else run_awq
     return PreparedWeights(
         formats=formats,

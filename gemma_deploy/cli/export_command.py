@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
     from gemma_deploy.graph_spec import DType, Lowering
     from gemma_deploy.manifest import Manifest
+    from gemma_deploy.quantization.choices import Choice
 
 
 @click.command(
@@ -165,6 +166,9 @@ def command(
     overflow = bundle.overflow_report()
     if overflow is not None:
         emit_overflow(overflow, to_stderr=True)
+    choices = bundle.choices()
+    if choices:
+        _show_choices(choices)
     notice(f"Exported in {time.perf_counter() - started:.1f} s.")
     if num_engines:
         notice(f"The {num_engines} engine(s) of the old bundle went with it; build them again.")
@@ -201,3 +205,13 @@ def _formats(manifest: "Manifest") -> str:
     quantized = " and ".join(dict.fromkeys(map(str, manifest.formats.values())))
     dense = manifest.precision.weights
     return f"{quantized} by {manifest.method}, the rest {dense}" if quantized else dense
+
+
+def _show_choices(choices: "Sequence[Choice]") -> None:
+    width = max(len(x.name) for x in choices)
+    notice("formats chosen by what rounding costs (mean KL divergence in nats)")
+    for x in choices:
+        size = format_bytes(x.size_bytes)
+        notice(f"  {x.name:<{width}}  {x.format!s:<9}  {size:>11}  {x.kl_nats:.2e}")
+    total = sum(x.kl_nats for x in choices)
+    notice(f"  {'together, rounded to nearest':<{width}}  {'':<9}  {'':>11}  {total:.2e}")
