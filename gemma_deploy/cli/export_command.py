@@ -37,7 +37,9 @@ Examples:
 Gemma's activations can grow beyond float16's 65,504. Where anything computes in float16 (--fp16; the
 TensorRT graphs of quantized bundles), the model first reads a text in float32, one layer in memory at
 a time, and what would overflow is divided by powers of two that the next norm takes out again: exact,
-and free at run time. A table of the peaks and divisors is printed, and kept in the bundle.
+and free at run time. A table of the peaks and divisors is printed, and kept in the bundle. That a
+float16 bundle runs on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's CPU
+multiplies matrices in float32.
 
 An interrupted calibration (--method awq or gptq, --auto) continues when the same command runs again;
 until then its results are kept in BUNDLE.calibration.

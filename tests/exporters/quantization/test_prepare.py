@@ -1,0 +1,103 @@
+"""Formats, calibration and what an export does with them, on the small trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import ExportError, RequestError
+from gemma_deploy.exporters.export import export_checkpoint
+from gemma_deploy.exporters.quantization.options import QuantizationOptions
+from gemma_deploy.exporters.quantization.prepare import PreparedWeights, prepare
+from gemma_deploy.graph_spec import Precision
+from gemma_deploy.tokenizer import GemmaTokenizer
+
+TINY_GEMMA = Path(__file__).parents[3] / "samples" / "tiny-gemma"
+# One layer is enough to see what happens to results.
+ONE_LAYER = ("0-3", "embeddings")
+
+
+def prepared(folder: Path, **options: Any) -> PreparedWeights:
+    return prepare(
+        Checkpoint.open(TINY_GEMMA),
+        GemmaTokenizer.from_pretrained(TINY_GEMMA),
+        QuantizationOptions(**options),
+        Precision.of_quantized(None),
+        text=None,
+        folder=folder,
+        on_progress=lambda *_: None,
+    )
+
+
+def test_rounding_needs_no_text_and_no_folder(tmp_path: Path) -> None:
+    found = prepared(tmp_path / "work", scheme="int8")
+    assert found.method == "rtn"
+    assert len(found.formats) == 5 * 7 + 1
+    assert not found.prepared
+    assert not (tmp_path / "work").exists()
+
+
+def test_formats_are_chosen_under_a_size(tmp_path: Path) -> None:
+    """4.5 bits for each of 3,312,384 weights."""
+    budget = 3_312_384 * 9 // 16
+    found = prepared(tmp_path, is_automatic=True, method="rtn", max_size_bytes=budget)
+    assert found.method == "rtn"
+    assert {x.name: x.format for x in found.choices} == found.formats
+    norms = 11 * 256 * 4
+    assert 0.99 * budget < sum(x.size_bytes for x in found.choices) + norms <= budget
+    assert len(set(found.formats.values())) > 1
+
+
+def test_calibration_without_a_tokenizer(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"has no tokenizer\.json, and calibration reads text"):
+        prepare(
+            Checkpoint.open(tiny_checkpoint("gemma1")),
+            None,
+            QuantizationOptions(method="gptq"),
+            Precision.of_quantized(None),
+            text=None,
+            folder=tmp_path,
+            on_progress=lambda *_: None,
+        )
+
+
+def test_calibration_that_was_forbidden(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--auto calibrate, and --no-calibration forbids it"):
+        export_checkpoint(
+            TINY_GEMMA,
+            tmp_path / "bundle",
+            quantization=QuantizationOptions(method="gptq"),
+            is_calibrated=False,
+        )
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match="calibration keeps what it has done, holds something el"):
+        prepared(tmp_path / "work", method="gptq", keep=ONE_LAYER, calibration_tokens=512)
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_export_continues_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = QuantizationOptions(method="gptq", keep=ONE_LAYER, calibration_tokens=512)
+
+    def interrupt(stage: str, *_: int) -> None:
+        if stage == "writing weights":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(
+            TINY_GEMMA, tmp_path / "bundle", quantization=options, on_progress=interrupt
+        )
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["bundle.calibration"]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("quantized again")
+
+    monkeypatch.setattr("gemma_deploy.exporters.quantization.gptq_run.Gptq", fail)
+    bundle = export_checkpoint(TINY_GEMMA, tmp_path / "bundle", quantization=options)
+    assert [x.name for x in tmp_path.iterdir()] == ["bundle"]
+    assert bundle.manifest.method == "gptq"
+    assert len(bundle.manifest.formats) == 7
