@@ -34,7 +34,7 @@ NF4_TABLE: Final = (
 """The sixteen values of NF4, as shares of a block's largest magnitude."""
 
 LARGEST_CODE: Final = {"int4": 7.0, "int8": 127.0, "nf4": 1.0, "fp8": 448.0}
-"""What a block's largest magnitude becomes when it is rounded to nearest."""
+"""The largest code of each scheme; of int4 the smallest is -8."""
 
 _SMALLEST_INT4: Final = -8
 
@@ -59,16 +59,16 @@ def quantize(
     Args:
         weight: float32 [n, K], finite.
         weight_format: A quantized format whose blocks divide K.
-        scales: float16, what a code of 1 stands for; None for each block's largest magnitude as the
-            largest code. None may be zero.
+        scales: float16, what a code of 1 stands for; None for the finest steps that reach each
+            block's extremes: of int4 they take the sign that puts the larger one on -8, as
+            llama.cpp's Q4_0 does. None may be zero.
 
     Returns:
         Codes that are within half a step of `weight` where it is in the scales' range.
     """
     blocks = _blocked(weight, weight_format)  # [n, K / block, block]
     if scales is None:
-        largest = blocks.abs().amax(-1) / LARGEST_CODE[weight_format.scheme]
-        scales = largest.to(torch.float16)
+        scales = _finest_scales(blocks, weight_format).to(torch.float16)
         # TensorRT refuses a scale of zero; blocks of zeros, as unused tokens have, need none.
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     # By the rounded scales, which the codes will be multiplied with.
@@ -112,6 +112,17 @@ def unpack(stored: Tensor, weight_format: WeightFormat) -> Tensor:
 def _blocked(rows: Tensor, weight_format: WeightFormat) -> Tensor:
     """[n, K] -> [n, K / block, block]."""
     return rows.reshape(len(rows), -1, weight_format.block_size or rows.shape[-1])
+
+
+def _finest_scales(blocks: Tensor, weight_format: WeightFormat) -> Tensor:
+    """Return the steps [n, K / block] by which no element is further than half a step from a code."""
+    if weight_format.scheme != "int4":
+        return blocks.abs().amax(-1) / LARGEST_CODE[weight_format.scheme]
+    low, high = torch.aminmax(blocks, dim=-1)
+    extreme = torch.where(high > -low, high, low)
+    # The other end goes to 7 at most: where it is nearly as far out, both are half a step off.
+    is_even = torch.minimum(high, -low) * 8 > extreme.abs() * 7.5
+    return extreme / torch.where(is_even, -7.5, -8.0)
 
 
 def _rounded(steps: Tensor, weight_format: WeightFormat) -> Tensor:
