@@ -199,7 +199,7 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
             name: WeightFormat.parse(text) for name, text in quantization.get("formats", {}).items()
         },
         method=quantization.get("method"),
-        scaling=_scaling(raw),
+        scaling=_scaling(raw, config),
         tokenizer=tuple(map(str, raw["tokenizer"])),
         generation=None if raw["generation"] is None else str(raw["generation"]),
         max_seq_len=_max_seq_len(raw["limits"]["max_seq_len"], config),
@@ -211,13 +211,17 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _scaling(raw: Mapping[str, Any]) -> "ResidualScaling | None":
-    scaling = raw.get("scaling")
-    if scaling is None:
+def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> "ResidualScaling | None":
+    if raw.get("scaling") is None:
         return None
     from gemma_deploy.residual_scaling import ResidualScaling
 
-    return ResidualScaling.from_dict(scaling)
+    scaling = ResidualScaling.from_dict(raw["scaling"])
+    if len(scaling.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"scaling has {len(scaling.layers)} layers, the model {config.num_hidden_layers}"
+        )
+    return scaling
 
 
 def _check_version(version: object, folder: Path) -> None:

@@ -19,6 +19,7 @@ from gemma_deploy.external_data import check_external_data
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import Precision
 from gemma_deploy.manifest import Manifest
+from gemma_deploy.residual_scaling import ResidualScaling
 from gemma_deploy.safe_paths import safe_path
 
 FILES = {
@@ -328,6 +329,12 @@ def test_a_damaged_manifest(folder: Path, content: bytes, message: str) -> None:
         ("tokenizer", None),
         ("versions", 3),
         ("graphs/decode", REMOVED),
+        (
+            "scaling",
+            ResidualScaling(
+                residual=2, layers=(), has_post_norms=False, rms_norm_eps=1e-6
+            ).to_dict(),
+        ),
     ],
 )
 def test_a_manifest_with_nonsense(folder: Path, where: str, value: object) -> None:
