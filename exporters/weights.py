@@ -228,7 +228,14 @@ def _prepared_blocks(tensor: StoredTensor, path: Path) -> Iterator[tuple[Tensor,
         step = max(1, num_rows * _BLOCK_BYTES // tensor.size_bytes)
         for start in range(0, num_rows, step):
             *codes, last = (part[start : start + step] for part in parts)
-            yield *codes, (last.float() / tensor.divisor).to(last.dtype)
+            divided = (last.float() / tensor.divisor).to(last.dtype)
+            if not bool(torch.isfinite(divided).all()):
+                raise ExportError(
+                    f"{tensor.source} has weights that are too large for the float16 scales of "
+                    f"{tensor.format}: keep it in 16 bits with --keep-fp16, and export with --dtype "
+                    "bfloat16 or float32"
+                )
+            yield *codes, divided
 
 
 def _transformed(block: Tensor, tensor: StoredTensor) -> tuple[Tensor, ...]:

@@ -173,6 +173,17 @@ def test_prepared_tensors_are_taken_as_they_are(
     assert torch.equal(stored[norm], prepared[norm])
 
 
+def test_prepared_scales_beyond_float16(tiny_checkpoint: TinyFolders, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_checkpoint("gemma2"))
+    matrix = "model.layers.0.mlp.up_proj.weight"
+    scales = torch.full((128, 1), torch.inf).half()
+    codes = torch.zeros(128, 32, dtype=torch.uint8)
+    save_file({matrix: codes, f"{matrix}.scales": scales}, tmp_path / "prepared")
+    plan = plan_weights(source, Precision.of("float16"), {matrix: WeightFormat("int4", 64)})
+    with pytest.raises(ExportError, match=rf"{matrix} has weights .* float16 scales of int4/64"):
+        write_weights(source, plan, tmp_path / "w", prepared={matrix: tmp_path / "prepared"})
+
+
 def test_blocks_that_do_not_divide_rows(tiny_checkpoint: TinyFolders) -> None:
     source = Checkpoint.open(tiny_checkpoint("gemma1"))
     name = "model.layers.0.mlp.up_proj.weight"
