@@ -14,6 +14,7 @@ from gemma_deploy.exporters.export_checks import (
     require_space,
 )
 from gemma_deploy.exporters.preflight import preflight
+from gemma_deploy.exporters.quantization.automatic import candidates_of
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
 from gemma_deploy.exporters.quantization.prepare import PreparedWeights, prepare
 from gemma_deploy.exporters.weights import plan_weights
@@ -70,6 +71,8 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
         ExportError: The disk is too small, `output` cannot be written, or torch failed.
     """
+    # Before the working directory itself may be replaced by the bundle.
+    place = output.resolve()
     check_replaceable(output.absolute(), force=force, replaceable=MANIFEST_FILE)
     check_nothing_else_is_replaced(checkpoint, output)
     source = Checkpoint.open(checkpoint)
@@ -94,6 +97,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             tokenizer,
             precision,
             lowerings,
+            formats.keys(),
             text=calibration_text,
             is_calibrated=is_calibrated,
             on_progress=on_progress,
@@ -101,6 +105,10 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         scaling = (
             overflow.scaling if overflow is not None and not overflow.scaling.is_none else None
         )
+        tensors = plan_weights(source, precision, formats, scaling)
+        is_kept = quantization is not None and quantization.needs_calibration
+        # Calibration keeps its results until the bundle is written; what --auto takes, it decides.
+        require_space(folder, sum(x.size_bytes for x in tensors) * (2 if is_kept else 1), output)
         weights = PreparedWeights(formats=formats, method="bitsandbytes" if formats else None)
         if quantization is not None:
             weights = prepare(
@@ -109,7 +117,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
                 quantization,
                 precision,
                 text=calibration_text,
-                folder=output.with_name(f"{output.name}.calibration"),
+                folder=place.with_name(f"{place.name}.calibration"),
                 on_progress=on_progress,
             )
         plan = BundlePlan(
@@ -123,11 +131,10 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             overflow=overflow,
             choices=weights.choices,
         )
-        require_space(folder, plan.weights_bytes, output)
         write_bundle(plan, folder, on_progress)
     if weights.work is not None:
         weights.work.remove()
-    return Bundle.open(output)
+    return Bundle.open(output if output.name else place)
 
 
 def _formats(
@@ -141,7 +148,12 @@ def _formats(
             f"{quantization.scheme} would be made of what that left over. Export it without "
             "options of quantization, which keeps its codes, or quantize the original checkpoint"
         )
-    return given if quantization is None else formats_of(source.config, quantization)
+    if quantization is None:
+        return given
+    if quantization.is_automatic:
+        candidates = candidates_of(source.config, quantization)
+        return {name: coarsest for name, (coarsest, *_) in candidates.items()}
+    return formats_of(source.config, quantization)
 
 
 def _own_dtype(source: Checkpoint) -> DType:

@@ -1,5 +1,6 @@
 """What an export does about float16's range: `preflight`."""
 
+import dataclasses
 from collections.abc import Collection
 
 import torch
@@ -21,11 +22,12 @@ from gemma_deploy.overflow_report import OverflowReport
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 
-def preflight(
+def preflight(  # noqa: PLR0913  # all that it depends on
     checkpoint: Checkpoint,
     tokenizer: GemmaTokenizer | None,
     precision: Precision,
     lowerings: Collection[Lowering],
+    formats: Collection[str],
     *,
     text: str | None,
     is_calibrated: bool,
@@ -38,6 +40,7 @@ def preflight(
         tokenizer: Its tokenizer; without one the model reads random tokens.
         precision: Of the bundle.
         lowerings: What graphs are written for.
+        formats: Names of the matrices that are quantized.
         text: What the model reads; None for the built-in text.
         is_calibrated: Whether it reads anything; else peaks are bounded by the weights.
         on_progress: Called as the work goes on.
@@ -47,14 +50,18 @@ def preflight(
         CheckpointError: The weights cannot be read, or one is not finite.
         ExportError: A tensor overflows that nothing can be folded around.
     """
-    if all(precision.of_lowering(x).activations != "float16" for x in lowerings):
+    used = [precision.of_lowering(x) for x in lowerings]
+    # A cache in float16 has attention computed in it.
+    if all("float16" not in (x.activations, x.cache) for x in used):
         return None
     if is_calibrated:
         report = measured_overflow(checkpoint, _rows(checkpoint, tokenizer, text), on_progress)
     else:
         report = bounded_overflow(checkpoint, on_progress)
     require_held(report)
-    return report
+    # Codes lose nothing in float16, and their scales are what is divided.
+    losses = tuple(x for x in report.weight_losses if x.name not in formats)
+    return dataclasses.replace(report, weight_losses=losses)
 
 
 def _rows(checkpoint: Checkpoint, tokenizer: GemmaTokenizer | None, text: str | None) -> Tensor:

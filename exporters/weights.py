@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 import torch
 from safetensors import safe_open
@@ -23,9 +23,7 @@ from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import DType, Precision
 from gemma_deploy.quantization.codes import pack, quantize
 from gemma_deploy.quantization.formats import StoredPart, WeightFormat
-
-if TYPE_CHECKING:
-    from gemma_deploy.residual_scaling import ResidualScaling
+from gemma_deploy.residual_scaling import ResidualScaling
 
 # Mapped readers find every tensor aligned when the data starts on a page.
 _DATA_ALIGNMENT_BYTES = 4096
@@ -96,7 +94,7 @@ def plan_weights(
     checkpoint: Checkpoint,
     precision: Precision,
     formats: Mapping[str, WeightFormat] = _NO_FORMATS,
-    scaling: "ResidualScaling | None" = None,
+    scaling: ResidualScaling | None = None,
 ) -> tuple[StoredTensor, ...]:
     """Return what the weights file of a checkpoint holds, in order.
 
@@ -185,6 +183,11 @@ def write_weights(
     )
 
 
+def header_bytes(plan: Sequence[StoredTensor]) -> int:
+    """Return the size of the file's head, give or take a page: it spells out offsets."""
+    return len(_header(plan)[0]) + _DATA_ALIGNMENT_BYTES
+
+
 def _header(plan: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
     """Return the file's head, padded to the alignment, and each part's offset in the file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -235,6 +238,9 @@ def _prepared_blocks(tensor: StoredTensor, path: Path) -> Iterator[tuple[Tensor,
                     f"{tensor.format}: keep it in 16 bits with --keep-fp16, and export with --dtype "
                     "bfloat16 or float32"
                 )
+            if codes:
+                # TensorRT takes no zero; this is the number next to it.
+                divided[divided == 0] = torch.finfo(divided.dtype).smallest_normal * 2**-10
             yield *codes, divided
 
 

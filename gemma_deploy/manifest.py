@@ -5,8 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, cast, get_args
+from typing import Any, TypeGuard, cast, get_args
 
+from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, RequestError
 from gemma_deploy.file_records import FileRecord
@@ -22,9 +23,7 @@ from gemma_deploy.graph_spec import (
     graph_spec,
 )
 from gemma_deploy.quantization.formats import WeightFormat
-
-if TYPE_CHECKING:
-    from gemma_deploy.residual_scaling import ResidualScaling
+from gemma_deploy.residual_scaling import ResidualScaling
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -57,7 +56,7 @@ class Manifest:
     weights: str
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     method: str | None = None
-    scaling: "ResidualScaling | None" = None
+    scaling: ResidualScaling | None = None
     tokenizer: tuple[str, ...]
     generation: str | None
     max_seq_len: int
@@ -189,16 +188,14 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
         if dtype not in get_args(DType):
             raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision")
     config = GemmaConfig.from_dict(raw["model"])
-    quantization = raw.get("quantization") or {}
+    formats, method = _quantization(raw.get("quantization"), config)
     return Manifest(
         config=config,
         precision=precision,
         graphs=_parse_graphs(raw["graphs"]),
         weights=str(raw["weights"]),
-        formats={
-            name: WeightFormat.parse(text) for name, text in quantization.get("formats", {}).items()
-        },
-        method=quantization.get("method"),
+        formats=formats,
+        method=method,
         scaling=_scaling(raw, config),
         tokenizer=tuple(map(str, raw["tokenizer"])),
         generation=None if raw["generation"] is None else str(raw["generation"]),
@@ -211,16 +208,32 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> "ResidualScaling | None":
+def _quantization(
+    raw: Mapping[str, Any] | None, config: GemmaConfig
+) -> tuple[dict[str, WeightFormat], str | None]:
+    """Return formats and method; bundles made before there were any say nothing."""
+    if raw is None:
+        return {}, None
+    formats = {name: WeightFormat.parse(text) for name, text in raw["formats"].items()}
+    shapes = expected_tensors(config)
+    for name, weight_format in formats.items():
+        if not weight_format.is_quantized or len(shapes[name]) != 2:
+            raise ValueError(f"{name} in {weight_format}, expected a matrix in a quantized format")
+    if not isinstance(raw["method"], str):
+        raise TypeError(f"method is {raw['method']!r}, expected a name")
+    return formats, raw["method"]
+
+
+def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> ResidualScaling | None:
     if raw.get("scaling") is None:
         return None
-    from gemma_deploy.residual_scaling import ResidualScaling
-
     scaling = ResidualScaling.from_dict(raw["scaling"])
     if len(scaling.layers) != config.num_hidden_layers:
         raise ValueError(
             f"scaling has {len(scaling.layers)} layers, the model {config.num_hidden_layers}"
         )
+    if scaling != ResidualScaling.of(config, scaling.residual, scaling.layers):
+        raise ValueError("scaling has another epsilon or other norms than the model")
     return scaling
 
 

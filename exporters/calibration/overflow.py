@@ -87,7 +87,8 @@ def require_held(report: OverflowReport) -> None:
         names = ", ".join(f"{x.name} ({x.peak:.3g})" for x in report.out_of_reach[:5])
         raise ExportError(
             f"float16 holds at most {FLOAT16_MAX:.0f}, and these reach more, where no scale can be "
-            f"folded into weights: {names}. Export with --dtype bfloat16 or float32"
+            f"folded into weights: {names}. Export with --dtype bfloat16 or float32, and "
+            "without --cache-dtype float16"
         )
 
 

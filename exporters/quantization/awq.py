@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, Checkpoint
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from gemma_deploy.exporters.calibration.overflow import MEASURED_HEADROOM
 from gemma_deploy.exporters.quantization.scale_search import search_scales, storable
 from gemma_deploy.exporters.quantization.stages import Stage, stage_inputs, stages_of
 from gemma_deploy.exporters.quantization.tables import embedded, quantize_tables
@@ -33,8 +34,10 @@ LOSS_TOKENS: Final = 2048
 _POWERS = tuple(step / 20 for step in range(21))
 # Rows of a matrix that a power is chosen by; they are spread over all of them.
 _TRIAL_ROWS = 512
-# A channel that is hardly ever used must not drive weights out of float16's range.
+# A channel that is hardly ever used must not drive weights out of float16's range, and what the
+# projection before gives may only grow into the headroom that the overflow preflight leaves.
 _LARGEST_FACTOR = 64.0
+_SMALLEST_FACTOR = 1 / MEASURED_HEADROOM
 _NORM_SCALE = ".scale"
 
 
@@ -183,7 +186,7 @@ class AwqLayer:
         for power in _POWERS:
             factors = strength**power
             factors = factors / factors.log().mean().exp()
-            factors = factors.clamp(1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
+            factors = factors.clamp(_SMALLEST_FACTOR, _LARGEST_FACTOR)
             loss = sum(self._trial_loss(name, inputs, factors) for name in stage.matrices)
             if loss < least:
                 best, least = factors, loss

@@ -22,7 +22,7 @@ _COLUMNS_AT_ONCE = 128
 class Gptq:
     """The inputs of some matrices, ready to quantize any of them.
 
-    Memory: three float32 matrices [K, K] (of Gemma 2B's down_proj, where K is 16,384, 3.2 GB).
+    Memory: three float32 matrices [K, K].
 
     Args:
         hessian: float32 [K, K], mean of x x^T over the inputs; damped in place.

@@ -68,7 +68,8 @@ class QuantizationOptions:
         _check_choice("method", self.chosen_method, METHODS)
         if self.embedding_bits is not None:
             _check_choice("embedding_bits", self.embedding_bits, EMBEDDING_BITS)
-        if self.chosen_method != "rtn" and self.scheme not in _CALIBRATED_SCHEMES:
+        is_calibrated = self.chosen_method != "rtn" and not self.is_automatic
+        if is_calibrated and self.scheme not in _CALIBRATED_SCHEMES:
             raise RequestError(
                 f"--method {self.chosen_method} with {self.scheme}: calibration is there for "
                 f"{' and '.join(_CALIBRATED_SCHEMES)}; use --method rtn"
@@ -199,6 +200,8 @@ def _check_budget(options: QuantizationOptions) -> None:
     budgets = (options.max_size_bytes, options.max_kl_nats)
     if options.is_automatic and sum(budget is not None for budget in budgets) != 1:
         raise RequestError("--auto needs one budget: give either --max-size or --max-kl")
+    if options.is_automatic and (options.block_size is not None or options.is_per_channel):
+        raise RequestError("--auto chooses block sizes itself: drop --block-size")
     if not options.is_automatic and any(budget is not None for budget in budgets):
         raise RequestError("--max-size and --max-kl are budgets of --auto: give it too")
     for budget in budgets:

@@ -17,7 +17,7 @@ from gemma_deploy.exporters.quantization.gptq_run import run_gptq
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
 from gemma_deploy.exporters.quantization.sensitivity import measure_sensitivities
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
-from gemma_deploy.exporters.weights import plan_weights
+from gemma_deploy.exporters.weights import header_bytes, plan_weights
 from gemma_deploy.graph_spec import Precision
 from gemma_deploy.quantization.choices import Choice
 from gemma_deploy.quantization.formats import WeightFormat
@@ -78,9 +78,8 @@ def prepare(
         CheckpointError: The weights cannot be read, or one is not finite.
         ExportError: The work folder cannot be written.
     """
-    formats = formats_of(checkpoint.config, options)
     if not options.needs_calibration:
-        return PreparedWeights(formats=formats, method="rtn")
+        return PreparedWeights(formats=formats_of(checkpoint.config, options), method="rtn")
     if tokenizer is None:
         raise RequestError(
             f"{checkpoint.folder} has no tokenizer.json, and calibration reads text: add the "
@@ -90,6 +89,8 @@ def prepare(
     if options.is_automatic:
         choices = _chosen(checkpoint, tokenizer, options, precision, text, on_progress)
         formats = {x.name: x.format for x in choices if x.format.is_quantized}
+    else:
+        formats = formats_of(checkpoint.config, options)
     method = options.chosen_method
     if method == "rtn":
         return PreparedWeights(formats=formats, method=method, choices=choices)
@@ -143,13 +144,15 @@ def _chosen(
         max_tokens=SENSITIVITY_TOKENS,
     )
     sensitivities = measure_sensitivities(checkpoint, rows, candidates, on_progress)
-    others = [x for x in plan_weights(checkpoint, precision) if x.source not in candidates]
+    coarsest = {name: formats[0] for name, formats in candidates.items()}
+    plan = plan_weights(checkpoint, precision, coarsest)
+    others = sum(x.size_bytes for x in plan if x.source not in candidates)
     return tuple(
         choose_formats(
             checkpoint.config,
             sensitivities,
             dense=precision.weights,
-            other_bytes=sum(x.size_bytes for x in others),
+            other_bytes=others + header_bytes(plan),
             max_size_bytes=options.max_size_bytes,
             max_kl_nats=options.max_kl_nats,
         )

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,7 +30,7 @@ class WorkFolder:
         key: Everything that the tensors depend on, as JSON can hold it.
 
     Raises:
-        ExportError: There is something else at `path`.
+        ExportError: There is something else at `path`, or it cannot be written.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
@@ -38,26 +41,48 @@ class WorkFolder:
                 f"{path}, where calibration keeps what it has done, holds something else: move it "
                 "away, or choose another output"
             )
-        if path.exists() and _stated_digest(path) != digest:
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / _KEY_FILE).write_text(json.dumps({"sha256": digest}), encoding="utf-8")
+        with self._writing():
+            if path.exists() and _stated_digest(path) != digest:
+                shutil.rmtree(path)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / _KEY_FILE).write_text(json.dumps({"sha256": digest}), encoding="utf-8")
 
     def find(self, name: str) -> Path | None:
-        """Return the file of a finished group of tensors, or None."""
+        """Return the file of a finished group of tensors; None if it is not there, or damaged."""
         path = self.path / f"{name}.safetensors"
-        return path if path.is_file() else None
+        try:
+            with safe_open(path, framework="pt"):
+                return path
+        except (OSError, SafetensorError):
+            return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
-        """Keep a group of tensors; the file appears whole or not at all."""
+        """Keep a group of tensors; the file appears whole or not at all.
+
+        Raises:
+            ExportError: It cannot be written.
+        """
         path = self.path / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-        return partial.replace(path)
+        with self._writing():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            return partial.replace(path)
 
     def remove(self) -> None:
         """Remove everything."""
         shutil.rmtree(self.path)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as err:
+            raise ExportError(
+                f"{self.path}, where calibration keeps what it has done, cannot be written: {err}. "
+                "Free space, or choose another output; what is done is kept"
+            ) from err
 
 
 def _is_foreign(path: Path) -> bool:

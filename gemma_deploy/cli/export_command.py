@@ -41,8 +41,8 @@ and free at run time. A table of the peaks and divisors is printed, and kept in 
 float16 bundle runs on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's CPU
 multiplies matrices in float32.
 
-An interrupted calibration (--method awq or gptq, --auto) continues when the same command runs again;
-until then its results are kept in BUNDLE.calibration.
+An interrupted calibration (--method awq or gptq) continues after its last layer when the same command
+runs again; until then its results are kept in BUNDLE.calibration.
 
 A hub id needs `pip install "gemma-deploy[hub]"`; HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
 A folder of that name wins over the hub.

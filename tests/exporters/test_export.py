@@ -334,13 +334,6 @@ def test_a_tokenizer_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> No
             r"down_proj.* holds NaN or inf",
         ),
         ("self_attn.q_proj", 1e5, "float16", ExportError, r"q_proj.* holds 100000, too large for "),
-        (
-            "self_attn.q_proj",
-            1e38,
-            "float16",
-            ExportError,
-            r"q_proj.* holds 1e\+38, too large for ",
-        ),
     ],
 )
 def test_a_weight_that_cannot_be_stored(

@@ -329,6 +329,12 @@ def test_a_damaged_manifest(folder: Path, content: bytes, message: str) -> None:
         ("tokenizer", None),
         ("versions", 3),
         ("graphs/decode", REMOVED),
+        ("quantization", False),
+        ("quantization", {"method": "rtn"}),
+        ("quantization", {"method": 5, "formats": {}}),
+        ("quantization", {"method": "rtn", "formats": {"model.embed_tokens.weight": "float16"}}),
+        ("quantization", {"method": "rtn", "formats": {"model.norm.weight": "int4/32"}}),
+        ("quantization", {"method": "rtn", "formats": {"unknown.weight": "int4/32"}}),
         (
             "scaling",
             ResidualScaling(

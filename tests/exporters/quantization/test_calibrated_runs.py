@@ -1,5 +1,6 @@
 """What run_gptq and run_awq share: never worse than rounding, and continued where they stopped."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def test_gptq_is_closer_to_the_model_than_rounding_to_nearest(
     checkpoint = Checkpoint.open(folder)
     rows = torch.as_tensor(random_tokens(16, 32))
     formats = formats_of(checkpoint.config, QuantizationOptions(scheme="int4"))
-    model = oracle(folder)
+    # Changed below, and the oracle's models are everybody's.
+    model, plain = (copy.deepcopy(oracle(folder)) for _ in range(2))
     with torch.no_grad():
         reference = model(rows).logits.double().log_softmax(-1)
     work = WorkFolder(tmp_path / "work", {})
@@ -65,7 +67,6 @@ def test_gptq_is_closer_to_the_model_than_rounding_to_nearest(
     load_into(model, prepared, formats)
     calibrated = divergence(model, reference, rows)
 
-    plain = oracle(folder)
     parameters = dict(plain.named_parameters())
     for matrix, weight_format in formats.items():
         weight = parameters[matrix].data

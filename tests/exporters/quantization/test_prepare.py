@@ -80,6 +80,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "gptq", "keep": ONE_LAYER, "calibration_tokens": 512}
+    found = prepared(tmp_path / "work", **options)
+    path = tmp_path / "work" / "layer-4.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert prepared(tmp_path / "work", **options).prepared == found.prepared
+    assert path.read_bytes() == whole
+
+
+def test_auto_chooses_block_sizes_itself() -> None:
+    with pytest.raises(RequestError, match="--auto chooses block sizes itself: drop --block-size"):
+        QuantizationOptions(is_automatic=True, max_kl_nats=1, block_size=64)
+
+
+def test_a_float16_cache_is_looked_after_too(tmp_path: Path) -> None:
+    """Attention is computed in the cache's dtype."""
+    bundle = export_checkpoint(
+        TINY_GEMMA, tmp_path / "bundle", dtype="float32", cache_dtype="float16"
+    )
+    assert bundle.overflow_report() is not None
+
+
 def test_an_export_continues_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = QuantizationOptions(method="gptq", keep=ONE_LAYER, calibration_tokens=512)
 
