@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CHECKPOINT := samples/tiny-gemma
+# Each with one thread for torch; modules of tests stay together, since they share what they export.
+TEST_PROCESSES ?= 2
 DEMO_BUNDLE := build/demo-bundle
 
 .PHONY: help setup demo test gpu lint types contracts wheel check clean
@@ -31,7 +33,7 @@ demo: setup
 	$(BIN)/gemma-deploy generate $(DEMO_BUNDLE) "The for statement is used to" --max-new-tokens 60 --repetition-penalty 1.2
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadscope
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu
