@@ -157,9 +157,13 @@ def test_mat_mul_n_bits_rounds_activations_by_blocks(text: str, tmp_path: Path) 
     product = written.run(written.lowered("onnxruntime"))[1]
     blocks = (0.5 * written.table[IDS.numpy()]).reshape(2, 3, -1, 32)
     scales = np.abs(blocks).max(-1, keepdims=True) / 127
-    rounded = np.rint(blocks / np.where(scales == 0, 1, scales)) * scales
-    wanted = rounded.reshape(2, 3, -1) @ written.table.T + np.linspace(-1, 1, 20)
-    np.testing.assert_allclose(product, wanted, rtol=0, atol=2e-3)
+    steps = blocks / np.where(scales == 0, 1, scales)
+    wanted = (np.rint(steps) * scales).reshape(2, 3, -1) @ written.table.T + np.linspace(-1, 1, 20)
+    # Half way between two steps, as a code of 4 is in a block that reaches -8, either is right.
+    is_between = np.abs(steps - np.floor(steps) - 0.5) < 1e-3
+    either = (is_between * scales).reshape(2, 3, -1) @ np.abs(written.table.T)
+    assert np.all(np.abs(product - wanted) <= 2e-3 + either)
+    assert is_between.mean() < 0.2
 
 
 @pytest.mark.parametrize(
