@@ -132,15 +132,16 @@ def nf4_matrix(
                 offset=float(state["nested_offset"]),
             )
         parts = found[name], found[f"{name}.quant_map"], found[f"{name}.absmax"]
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, OverflowError) as err:
         raise CheckpointError(
             f"{name} in {found[name].file} is NF4 of bitsandbytes, and lacks {err}: expected its "
             "absmax, quant_map and quant_state beside it. Save the checkpoint again"
         ) from err
-    if stored_shape != shape or len(shape) != 2 or shape[1] % 2 or block_size < 1:
+    smallest = min(block_size, block_size if nested is None else nested.block_size)
+    if stored_shape != shape or len(shape) != 2 or shape[1] % 2 or smallest < 1:
         raise CheckpointError(
             f"{name} in {found[name].file} is NF4 of shape {list(stored_shape)} in blocks of "
-            f"{block_size}, expected {list(shape)} by config.json: they belong to different models"
+            f"{smallest}, expected {list(shape)} by config.json: they belong to different models"
         )
     matrix = Nf4Matrix(
         shape=(shape[0], shape[1]),

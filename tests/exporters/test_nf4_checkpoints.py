@@ -210,6 +210,14 @@ def _with(suffix: str, value: npt.NDArray[Any]) -> Callable[[Tensors], object]:
             _with(".quant_state.bitsandbytes__nf4", _state((128, 64), quant_type="fp4")),
             r"quant_type 'fp4'; .* only nf4 is read",
         ),
+        (
+            _with(".quant_state.bitsandbytes__nf4", _state((128, 64), blocksize=float("inf"))),
+            r"lacks cannot convert float infinity to integer",
+        ),
+        (
+            _with(".quant_state.bitsandbytes__nf4", _state((128, 64), blocksize=0)),
+            r"in blocks of 0, expected \[128, 64\]",
+        ),
     ],
 )
 def test_broken_parts_are_named(
