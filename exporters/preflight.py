@@ -1,6 +1,5 @@
 """What an export does about float16's range: `preflight`."""
 
-import dataclasses
 from collections.abc import Collection
 
 import torch
@@ -55,13 +54,12 @@ def preflight(  # noqa: PLR0913  # all that it depends on
     if all("float16" not in (x.activations, x.cache) for x in used):
         return None
     if is_calibrated:
-        report = measured_overflow(checkpoint, _rows(checkpoint, tokenizer, text), on_progress)
+        rows = _rows(checkpoint, tokenizer, text)
+        report = measured_overflow(checkpoint, rows, on_progress, formats)
     else:
-        report = bounded_overflow(checkpoint, on_progress)
+        report = bounded_overflow(checkpoint, on_progress, formats)
     require_held(report)
-    # Codes lose nothing in float16, and their scales are what is divided.
-    losses = tuple(x for x in report.weight_losses if x.name not in formats)
-    return dataclasses.replace(report, weight_losses=losses)
+    return report
 
 
 def _rows(checkpoint: Checkpoint, tokenizer: GemmaTokenizer | None, text: str | None) -> Tensor:

@@ -1,6 +1,6 @@
 """What float16 would overflow, measured on a text: `measured_overflow`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -33,7 +33,10 @@ OnProgress = Callable[[str, int, int], object]
 
 
 def measured_overflow(
-    checkpoint: Checkpoint, token_rows: Tensor, on_progress: OnProgress = lambda *_: None
+    checkpoint: Checkpoint,
+    token_rows: Tensor,
+    on_progress: OnProgress = lambda *_: None,
+    quantized: Collection[str] = (),
 ) -> OverflowReport:
     """Run a checkpoint on a text in float32, layer by layer, and report every peak.
 
@@ -41,6 +44,8 @@ def measured_overflow(
         checkpoint: The model.
         token_rows: int64 [R, S], as from `text.token_rows`.
         on_progress: Called with a stage, how much of it is done, and of how much.
+        quantized: Names of matrices that are not stored in float16; what it loses of them is not
+            counted.
 
     Raises:
         CheckpointError: The weights cannot be read, or one is not finite.
@@ -72,6 +77,7 @@ def measured_overflow(
         source="measured",
         num_tokens=token_rows.numel(),
         headroom=MEASURED_HEADROOM,
+        quantized=quantized,
     )
 
 

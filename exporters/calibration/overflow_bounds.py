@@ -7,7 +7,7 @@ in exact arithmetic. They are far above what a model does, so scales found by me
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 import torch
@@ -30,7 +30,9 @@ OnProgress = Callable[[str, int, int], object]
 
 
 def bounded_overflow(
-    checkpoint: Checkpoint, on_progress: OnProgress = lambda *_: None
+    checkpoint: Checkpoint,
+    on_progress: OnProgress = lambda *_: None,
+    quantized: Collection[str] = (),
 ) -> OverflowReport:
     """Bound every peak that any text can reach, and report it with a scaling that suffices.
 
@@ -39,6 +41,8 @@ def bounded_overflow(
     Args:
         checkpoint: The model.
         on_progress: Called with a stage, how much of it is done, and of how much.
+        quantized: Names of matrices that are not stored in float16; what it loses of them is not
+            counted.
 
     Raises:
         CheckpointError: The weights cannot be read, or one is not finite.
@@ -61,7 +65,13 @@ def bounded_overflow(
     outer["logits"] = float(bounds.projected(head, final).max())
     on_progress(stage, num_layers + 1, num_layers + 1)
     return overflow_report(
-        checkpoint, layers, outer, source="bounded", num_tokens=0, headroom=BOUND_HEADROOM
+        checkpoint,
+        layers,
+        outer,
+        source="bounded",
+        num_tokens=0,
+        headroom=BOUND_HEADROOM,
+        quantized=quantized,
     )
 
 

@@ -1,7 +1,7 @@
 """Peaks of activations to the smallest powers of two that let float16 hold them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -48,6 +48,7 @@ def overflow_report(
     source: Source,
     num_tokens: int,
     headroom: float,
+    quantized: Collection[str] = (),
 ) -> OverflowReport:
     """Choose a scaling for peaks, and report both.
 
@@ -58,6 +59,7 @@ def overflow_report(
         source: Where the peaks come from.
         num_tokens: Length of the text they were measured on.
         headroom: How many times each scaled peak is to fit float16.
+        quantized: See `weight_losses`.
 
     Raises:
         CheckpointError: The weights cannot be read.
@@ -78,7 +80,7 @@ def overflow_report(
         wanted_headroom=headroom,
         scaling=scaling,
         peaks=tuple(peaks),
-        weight_losses=weight_losses(checkpoint, scaling),
+        weight_losses=weight_losses(checkpoint, scaling, quantized),
     )
 
 
@@ -126,17 +128,22 @@ def power_of_two(least: float) -> int:
 def weight_losses(
     checkpoint: Checkpoint,
     scaling: ResidualScaling,
-    on_bytes: Callable[[int], object] = lambda _: None,
+    quantized: Collection[str] = (),
 ) -> tuple[WeightLoss, ...]:
     """Count what float16 loses of matrices and biases, in one streamed pass.
+
+    Args:
+        checkpoint: Where the weights are.
+        scaling: What they are divided by.
+        quantized: Names of those that are not stored in float16, and left out.
 
     Raises:
         CheckpointError: The weights cannot be read.
     """
     losses = []
     for name, info in checkpoint.tensors.items():
-        if is_norm(name):
-            continue  # float32 in every bundle
+        if is_norm(name) or name in quantized:
+            continue  # norms are float32 in every bundle
         divisor = scaling.weight_divisor(name)
         counts = torch.zeros(3, dtype=torch.int64)
         dtype = getattr(torch, DTYPE_NAMES[info.dtype])
@@ -144,7 +151,6 @@ def weight_losses(
             raw = bytearray((stop - start) * info.row_bytes)
             checkpoint.read_rows(name, start, stop, memoryview(raw))
             counts += _count_losses(torch.frombuffer(raw, dtype=dtype), divisor)
-            on_bytes(len(raw))
         too_large, subnormal, zeroed = counts.tolist()
         if too_large or subnormal or zeroed:
             losses.append(
