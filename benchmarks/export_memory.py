@@ -2,8 +2,8 @@
 
 A random bfloat16 checkpoint of the shape is written to a scratch folder and exported by a child
 process for each format, whose peak resident memory (ru_maxrss, imports included) is read when it ends.
-The goal is under 1.5 GB at the shape of Gemma 2B in every format, and under 90 s where weights are
-rounded to nearest. The float16 export runs with --no-calibration, since random weights have no text. Scratch files are removed; they need
+The goal is under 1.5 GB at the shape of Gemma 2B in every format. Peaks of float16 are bounded by
+the weights (--no-calibration), since random weights have no text. Scratch files are removed; they need
 up to 16 GB of disk at that shape. The last line of stdout is one JSON object.
 """
 
