@@ -205,8 +205,8 @@ def default_tolerance(
 
     * 1e-4: the weights are as they were and the graph computes in float32. Only the order of
       float32 sums differs, some hundred roundings of 6e-8 deep.
-    * 1e-2: the graph computes in float16, whose roundings are of 5e-4, or the weights were narrowed
-      to it.
+    * 1e-2: the graph computes in float16, whose roundings are of 5e-4, or attends in it, as it does
+      with a float16 cache, or the weights were narrowed to it.
     * 5e-2: the same with bfloat16: roundings of 4e-3.
     * 1e-3 (float16) or 5e-3 (bfloat16): a graph that is widened, on weights as they were: two of
       these roundings, of the embedding's factor.
@@ -220,9 +220,9 @@ def default_tolerance(
     tensors = {} if checkpoint is None else checkpoint.tensors
     stored = {DTYPE_NAMES[tensor.dtype] for tensor in tensors.values()}
     are_weights_exact = precision.weights == "float32" or stored <= {precision.weights}
-    if precision.activations == "float32" or is_widened:
+    if is_widened or precision.activations == precision.cache == "float32":
         exact, inexact = _WIDENED[precision.activations], _NARROWED[precision.weights]
         share = exact if are_weights_exact else inexact
     else:
-        share = _NARROWED[precision.activations]
+        share = max(_NARROWED[precision.activations], _NARROWED[precision.cache])
     return share * max(float(np.abs(logits).max()) for logits in reference)

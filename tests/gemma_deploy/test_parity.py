@@ -161,6 +161,14 @@ class TestDefaultTolerance:
 
         assert default_tolerance(Precision.of(bundle), checkpoint, reference) == share * 30
 
+    def test_attention_in_the_dtype_of_the_cache(
+        self, tiny_checkpoint: Callable[..., Path]
+    ) -> None:
+        checkpoint = Checkpoint.open(tiny_checkpoint("gemma1"))
+        precision = Precision.of("float32", cache="float16")
+
+        assert default_tolerance(precision, checkpoint, [np.array([[1.0, -30.0]])]) == 0.3
+
     def test_a_graph_that_computes_in_bfloat16(self, tiny_checkpoint: Callable[..., Path]) -> None:
         checkpoint = Checkpoint.open(tiny_checkpoint("gemma1", "bfloat16"))
         precision = Precision.of("bfloat16").of_lowering("tensorrt")
