@@ -6,18 +6,19 @@ end is measured as KL divergence. Within a layer, the divergence is shared out b
 matrix alone moves the layer's output, which was measured on the way.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, HEAD_WEIGHT, Checkpoint
-from gemma_deploy.exporters.calibration.layer_walk import LayerWalk, embedding_rows
+from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from gemma_deploy.exporters.quantization.tables import embedded
+from gemma_deploy.exporters.quantization.work_folder import OnProgress
 from gemma_deploy.model.transformer import GemmaDecoderLayer
 from gemma_deploy.quantization.codes import dequantize, quantize
 from gemma_deploy.quantization.formats import WeightFormat
 
-OnProgress = Callable[[str, int, int], object]
 Sensitivities = Mapping[str, Mapping[WeightFormat, float]]
 """Matrix -> format -> mean KL divergence in nats that rounding it alone costs."""
 
@@ -50,7 +51,7 @@ def measure_sensitivities(
     walk = LayerWalk(checkpoint, token_rows)
     num_layers = walk.config.num_hidden_layers
     tables = list(candidates.get(EMBEDDING_WEIGHT, ()))
-    streams = [_embedded(checkpoint, token_rows, table) for table in tables]
+    streams = [embedded(checkpoint, token_rows, table, None) for table in tables]
     shares: list[dict[str, dict[WeightFormat, float]]] = []
     for index in range(num_layers):
         on_progress("measuring sensitivities", index, num_layers + 1)
@@ -143,14 +144,6 @@ class _KLSum:
         """Return the mean over tokens, in nats."""
         weighted = self._weighted * (self._peak - self._own).exp()
         return max(0.0, float((weighted + self._other - self._own).mean()))
-
-
-def _embedded(checkpoint: Checkpoint, token_rows: Tensor, table: WeightFormat) -> Tensor:
-    """Return the residual stream that begins with a rounded embedding table."""
-    tokens, index = torch.unique(token_rows, return_inverse=True)
-    rows = _rounded(embedding_rows(checkpoint, tokens), table)
-    hidden: Tensor = rows[index] * checkpoint.config.hidden_size**0.5
-    return hidden
 
 
 @torch.no_grad()
