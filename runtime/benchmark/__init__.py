@@ -1,0 +1,1 @@
+"""Measuring models: a bundle, an engine and eager baselines, round by round."""
