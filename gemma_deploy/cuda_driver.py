@@ -41,6 +41,21 @@ def read_driver() -> tuple[str | None, tuple[Gpu, ...]]:
     return driver, tuple(_read_gpu(cuda, ordinal) for ordinal in range(_device_count(cuda)))
 
 
+def pci_bus_id(ordinal: int) -> str | None:
+    """Return what nvidia-smi knows a device by, e.g. `00000000:65:00.0`; None if there is no such device.
+
+    nvidia-smi counts devices in another order, and counts those that are hidden from this process.
+    """
+    cuda = _open_driver()
+    if cuda is None or ordinal >= _device_count(cuda):
+        return None
+    device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+    if cuda.cuDeviceGetPCIBusId(text, len(text), device) != 0:
+        return None
+    return text.value.decode()
+
+
 def _open_driver() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

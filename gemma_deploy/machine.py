@@ -116,18 +116,18 @@ class Machine:
 
 def read_machine() -> Machine:
     """Look at this machine; takes about a second and changes nothing."""
-    cpu, features = _read_cpu()
+    cpu, features = read_cpu()
     driver, gpus = read_driver()
     compiled, working, error = _read_providers()
-    packages = _versions()
+    packages = package_versions()
     flavours = [flavour for flavour in FLAVOURS if flavour in packages]
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         cpu=cpu,
         cpu_features=features,
-        cores=_cores(),
-        memory_bytes=_memory_bytes(),
+        cores=usable_cores(),
+        memory_bytes=read_memory_bytes(),
         free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
         packages=packages,
         torch_cuda=_torch_cuda(),
@@ -141,7 +141,8 @@ def read_machine() -> Machine:
     )
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the version of each of `PACKAGES` that is installed, none of them imported."""
     found = {}
     for name in PACKAGES:
         try:
@@ -149,6 +150,34 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def read_cpu() -> tuple[str, tuple[str, ...]]:
+    """Return the processor's name, and which of the instruction sets that matter here it has."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    features = tuple(feature for feature in _CPU_FEATURES if feature in present)
+    return name[1] if name else platform.processor() or platform.machine(), features
+
+
+def usable_cores() -> int:
+    """Return how many logical cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def read_memory_bytes() -> int | None:
+    """Return the machine's memory, or what its container may use if that is less; None if unknown."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    limit = limit_file.read_text(encoding="utf-8").strip() if limit_file.is_file() else ""
+    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def _tensorrt_error(flavour: Flavour) -> str | None:
@@ -169,32 +198,6 @@ def _torch_cuda() -> str | None:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     match = re.search(r"^cuda\b[^=]*= '([\d.]+)'", text, re.MULTILINE)
     return match[1] if match else None
-
-
-def _read_cpu() -> tuple[str, tuple[str, ...]]:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
-    present = set(flags[1].split()) if flags else set()
-    features = tuple(feature for feature in _CPU_FEATURES if feature in present)
-    return name[1] if name else platform.processor() or platform.machine(), features
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory_bytes() -> int | None:
-    """Return the machine's memory, or what its container may use if that is less."""
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit_file = Path("/sys/fs/cgroup/memory.max")
-    limit = limit_file.read_text(encoding="utf-8").strip() if limit_file.is_file() else ""
-    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def _read_providers() -> tuple[tuple[str, ...], tuple[str, ...], str | None]:

@@ -1,0 +1,132 @@
+"""What a benchmark ran on, as text by name: `read_environment`."""
+
+import datetime as dt
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from gemma_deploy.cuda_driver import pci_bus_id, read_driver
+from gemma_deploy.machine import package_versions, read_cpu, read_memory_bytes, usable_cores
+from gemma_deploy.runtime.devices import Device
+
+# What nvidia-smi calls it, and what we do. https://docs.nvidia.com/deploy/nvidia-smi/
+_GPU_QUERIES: Final = {
+    "driver_version": "driver",
+    "clocks.sm": "GPU clock",
+    "clocks.max.sm": "GPU clock, highest",
+    "clocks.mem": "GPU memory clock",
+    "clocks.max.mem": "GPU memory clock, highest",
+    "power.limit": "GPU power limit",
+}
+_NVIDIA_SMI_TIMEOUT_S: Final = 20
+
+
+def read_environment(*, threads: int | None, device: str) -> dict[str, str]:
+    """Look at what will be measured on; imports no backend and changes nothing.
+
+    What cannot be read on this machine is left out. Clocks are those of the moment, in MHz, and the
+    highest where the system says it.
+
+    Args:
+        threads: Of the CPU kernels; None for one per core.
+        device: Where models run: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        RequestError: The device is none of these.
+    """
+    parsed = Device.parse(device)
+    cpu, features = read_cpu()
+    cores, memory_bytes = usable_cores(), read_memory_bytes()
+    found = {
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "CPU": cpu,
+        "CPU features": ", ".join(features),
+        "CPU clock": _cpu_clock(),
+        "cores": str(cores),
+        "threads": f"{cores} (one per core)" if threads is None else str(threads),
+        "memory": "" if memory_bytes is None else f"{memory_bytes / 2**30:.1f} GiB",
+        "device": device,
+    }
+    if parsed.kind != "cpu":
+        found |= _gpu_facts(parsed.index)
+    found |= {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    return {name: value for name, value in found.items() if value} | package_versions()
+
+
+def _cpu_clock() -> str:
+    """Return the cores' clocks now and the highest they can have; empty where nothing says it."""
+    folders = list(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"))
+    now = [x / 1000 for folder in folders for x in _read_khz(folder / "scaling_cur_freq")]
+    highest = [x / 1000 for folder in folders for x in _read_khz(folder / "cpuinfo_max_freq")]
+    info = Path("/proc/cpuinfo")
+    if not now and info.is_file():
+        text = info.read_text(encoding="utf-8")
+        now = [float(x) for x in re.findall(r"^cpu MHz\s*: ([\d.]+)$", text, re.MULTILINE)]
+    return clock_text(now, highest)
+
+
+def clock_text(now_mhz: Sequence[float], highest_mhz: Sequence[float]) -> str:
+    """Return the range of the cores' clocks, and the highest possible, as far as they are known."""
+    parts = []
+    if now_mhz:
+        low, high = round(min(now_mhz)), round(max(now_mhz))
+        parts.append(f"{low} MHz" if low == high else f"{low} to {high} MHz")
+    if highest_mhz:
+        parts.append(f"at most {round(max(highest_mhz))} MHz")
+    return ", ".join(parts)
+
+
+def _read_khz(file: Path) -> Iterator[int]:
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except OSError:  # some drivers list the file and refuse to read it
+        return
+    if text.isdigit():
+        yield int(text)
+
+
+def _gpu_facts(index: int) -> dict[str, str]:
+    cuda_version, gpus = read_driver()
+    if cuda_version is None or index >= len(gpus):
+        return {}
+    gpu = gpus[index]
+    major, minor = gpu.compute_capability
+    facts = {
+        "GPU": f"{gpu.name}, compute capability {major}.{minor}",
+        "GPU memory": f"{gpu.memory_bytes / 2**30:.1f} GiB",
+        "CUDA of the driver": cuda_version,
+    }
+    bus_id = pci_bus_id(index)
+    return facts if bus_id is None else facts | _ask_nvidia_smi(bus_id)
+
+
+def _ask_nvidia_smi(bus_id: str) -> dict[str, str]:
+    """Return the driver's version, clocks and power limit; nothing where the tool is not there."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    query = f"--query-gpu={','.join(_GPU_QUERIES)}"
+    command = [program, f"--id={bus_id}", query, "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(  # noqa: S603 - the driver's own tool, found on the path
+            command, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return parse_nvidia_smi(answer.stdout)
+
+
+def parse_nvidia_smi(line: str) -> dict[str, str]:
+    """Return the facts in an answer of nvidia-smi; those it does not know (`[N/A]`) are left out."""
+    values = [value.strip() for value in line.strip().split(",")]
+    if len(values) != len(_GPU_QUERIES):
+        return {}
+    pairs = zip(_GPU_QUERIES.values(), values, strict=True)
+    return {name: value for name, value in pairs if value and not value.startswith("[")}
