@@ -48,6 +48,10 @@ COMMANDS: Final = MappingProxyType(
             module="gemma_deploy.cli.evaluate_command",
             short_help="Measure how well a model predicts a text, and how far it is from its checkpoint.",
         ),
+        "bench": LazyCommand(
+            module="gemma_deploy.cli.bench_command",
+            short_help="Measure speed and memory, beside torch and transformers if asked to.",
+        ),
         "doctor": LazyCommand(
             module="gemma_deploy.cli.doctor_command",
             short_help="Tell what this machine can run and how to install what is missing.",

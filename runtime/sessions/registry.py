@@ -58,7 +58,7 @@ def create_session(
         SessionError: The backend failed to load the model.
     """
     if backend == "auto":
-        backend = _natural_backend(source)
+        backend = natural_backend(source)
     if backend not in BACKENDS:
         raise RequestError(f"backend is {backend!r}; expected auto, {', '.join(sorted(BACKENDS))}")
     if threads is not None and threads < 1:
@@ -69,7 +69,8 @@ def create_session(
     return BACKENDS[backend](request)
 
 
-def _natural_backend(source: ModelSource) -> str:
+def natural_backend(source: ModelSource) -> str:
+    """Return the backend that `auto` means for a model."""
     if source.engine is not None:
         return source.engine.manifest.build.flavour
     return "torch" if source.bundle is None else "onnxruntime"
@@ -94,7 +95,7 @@ def _torch(request: SessionRequest) -> Session:
     if source.bundle is not None or source.engine is not None:
         raise RequestError(
             f"{_described(source)}; the torch backend runs checkpoints: give the folder it was "
-            f"exported from, or use the backend {_natural_backend(source)}"
+            f"exported from, or use the backend {natural_backend(source)}"
         )
     try:
         from gemma_deploy.runtime.sessions.torch_session import TorchSession

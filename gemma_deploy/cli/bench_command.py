@@ -1,0 +1,282 @@
+"""`gemma-deploy bench`: speed and memory of a model, beside baselines on the same weights."""
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gemma_deploy.cli.console import emit_json, notice, progress
+from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+
+if TYPE_CHECKING:
+    from gemma_deploy.runtime.benchmark.plan import BenchPlan
+    from gemma_deploy.runtime.benchmark.record import BenchRecord
+    from gemma_deploy.runtime.benchmark.results import BenchReport
+
+_BASELINES = ("torch-eager", "torch-compile", "transformers")
+
+
+class _Numbers(click.ParamType):
+    """Whole numbers from a least one on, separated by commas."""
+
+    name = "numbers"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the numbers of a text such as `32,256`."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(
+            part.isascii() and part.isdigit() and int(part) >= self._least for part in parts
+        ):
+            self.fail(
+                f"{value!r}; expected whole numbers from {self._least} on, separated by commas",
+                param,
+                ctx,
+            )
+        return tuple(int(part) for part in parts)
+
+
+class _Names(click.ParamType):
+    """Baselines, separated by commas."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Return the names of a text such as `torch-eager,transformers`."""
+        if isinstance(value, tuple):
+            return value
+        names = [part.strip() for part in str(value).split(",")]
+        for name in names:
+            if name not in _BASELINES:
+                self.fail(f"{name!r}; expected any of {', '.join(_BASELINES)}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+@click.command(
+    "bench",
+    short_help="Measure speed and memory, beside torch and transformers if asked to.",
+    epilog="""\b
+Examples:
+  gemma-deploy bench gemma-2b
+  gemma-deploy bench gemma-2b --prompt-tokens 32,256,1024 --batch-size 1,4 --threads 8
+  gemma-deploy bench gemma-2b --against torch-eager,transformers --checkpoint ~/models/gemma-2b
+  gemma-deploy bench gemma-2b --device cuda --rounds 10 --save a100.jsonl --report a100.html
+  gemma-deploy bench gemma-2b --json | tail -n 1 | jq .decode_tokens_per_s
+
+What the figures mean: prefill is prompt tokens per second until the first new token is there, decode
+is new tokens per second after it, both of all rows of a batch together. Text is generated greedily by
+the loop of `generate`, from random prompts, and ends of text are ignored. Medians over the rounds are
+shown, with the smallest and the largest; ratios are taken within a round.
+
+Every contender lives in a process of its own, is loaded once and waits while another one runs, so
+close other programs and let a laptop run on mains. --save keeps each round as it ends: the same
+command with the same file goes on where it stopped.
+""",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt-tokens",
+    type=_Numbers(1),
+    default="256",
+    show_default=True,
+    metavar="N,...",
+    help="Lengths of the prompt. All combinations of the three lists are run.",
+)
+@click.option(
+    "--new-tokens",
+    type=_Numbers(2),
+    default="64",
+    show_default=True,
+    metavar="N,...",
+    help="Tokens to generate, the first included.",
+)
+@click.option(
+    "--batch-size",
+    type=_Numbers(1),
+    default="1",
+    show_default=True,
+    metavar="N,...",
+    help="Prompts that run at the same time.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Rounds that count, for each combination.",
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Rounds before those that count.",
+)
+@click.option(
+    "--against",
+    type=_Names(),
+    default=(),
+    metavar="NAME,...",
+    help=f"Baselines to run in turn with it: any of {', '.join(_BASELINES)}.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="The checkpoint that BUNDLE was made of, which baselines run. [default: BUNDLE, if it is one]",
+)
+@click.option(
+    "--baseline-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="What baselines compute in. [default: the checkpoint's own]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]),
+    default="auto",
+    show_default=True,
+    help="As for `generate`.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where all run: cpu, cuda, cuda:N (N from 0), or auto: CUDA where it works.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads of the CPU kernels, of all contenders. [default: one per core]",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Keep every round in FILE, and go on with those it holds.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.svg",
+    help="Draw the rates.",
+)
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="Write a page with tables, drawings and the environment, in one file.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object, as the last line: every round, and prefill_tokens_per_s, "
+    "decode_tokens_per_s, ttft_s and peak_memory_bytes of the first combination.",
+)
+def command(
+    *,
+    bundle: Path,
+    prompt_tokens: tuple[int, ...],
+    new_tokens: tuple[int, ...],
+    batch_size: tuple[int, ...],
+    save: Path | None,
+    plot: Path | None,
+    report_file: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure how fast the model in the folder BUNDLE is, and how much memory it takes.
+
+    BUNDLE may also be a packed engine or a checkpoint. Shown are the speed of prefill and decode, the
+    time to the first token, percentiles of a step's time, load time and peak memory; and how much of
+    what the machine could do at most that is.
+    """
+    for name, path, suffix in (("--plot", plot, ".svg"), ("--report", report_file, ".html")):
+        _check_output(name, path, suffix)
+    _check_output("--save", save, None)
+    from gemma_deploy.runtime.benchmark.environment import read_environment
+    from gemma_deploy.runtime.benchmark.plan import BenchPlan, sweep
+    from gemma_deploy.runtime.benchmark.record import BenchRecord
+
+    plan = BenchPlan(model=bundle, cases=sweep(prompt_tokens, new_tokens, batch_size), **options)
+    environment = read_environment(threads=plan.threads, device=plan.device)
+    record = BenchRecord(plan, environment, save)
+    was_interrupted = _run(plan, record)
+    report = record.report()
+    if report.measurements:
+        _show(report, as_json=as_json)
+        _write(report, plot, report_file)
+    if was_interrupted:
+        raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE)
+
+
+def _run(plan: "BenchPlan", record: "BenchRecord") -> bool:
+    """Run what is missing; return whether Ctrl-C ended it."""
+    from gemma_deploy.runtime.benchmark.sweep import run_sweep
+
+    try:
+        with progress() as on_progress:
+            run_sweep(plan, record, on_progress)
+    except KeyboardInterrupt:
+        notice("Interrupted: what was measured until then follows.")
+        return True
+    return False
+
+
+def _show(report: "BenchReport", *, as_json: bool) -> None:
+    if as_json:
+        emit_json(first_case(report) | report.to_dict())
+        return
+    from gemma_deploy.cli.bench_tables import print_report
+
+    print_report(report)
+
+
+def first_case(report: "BenchReport") -> dict[str, Any]:
+    """Return the figures of ours in the first case, for programs that want no more."""
+    measured, ours = report.measurements[0], report.contenders[0]
+    return {
+        "prefill_tokens_per_s": statistics.median(measured.prefill_rates()),
+        "decode_tokens_per_s": statistics.median(measured.decode_rates()),
+        "ttft_s": measured.ttft_s().median,
+        "peak_memory_bytes": ours.peak_memory_bytes,
+    }
+
+
+def _write(report: "BenchReport", plot: Path | None, page: Path | None) -> None:
+    contents = []
+    if plot is not None:
+        from gemma_deploy.cli.bench_plot import report_svg
+
+        contents.append((plot, report_svg(report)))
+    if page is not None:
+        from gemma_deploy.cli.bench_report import report_html
+
+        contents.append((page, report_html(report)))
+    for path, text in contents:
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as err:
+            raise click.ClickException(f"{path} cannot be written: {err.strerror}") from err
+        notice(f"wrote {path}")
+
+
+def _check_output(name: str, path: Path | None, suffix: str | None) -> None:
+    if path is None:
+        return
+    if suffix is not None and path.suffix != suffix:
+        raise click.UsageError(f"{name} is {path}; expected a file that ends in {suffix}")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"{name} is {path}; the folder {path.parent} does not exist")

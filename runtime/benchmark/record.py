@@ -1,0 +1,185 @@
+"""What a sweep has measured so far, in memory and, if asked for, in a file to go on from: `BenchRecord`.
+
+The file is lines of JSON, each written as soon as it is known: what was asked for, then rooflines,
+contenders and whole rounds. A process that is killed loses the round it was in.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from gemma_deploy.errors import RequestError
+from gemma_deploy.runtime.benchmark.plan import BenchPlan
+from gemma_deploy.runtime.benchmark.results import (
+    BenchCase,
+    BenchReport,
+    Contender,
+    Measurement,
+    Roofline,
+    RoundTimes,
+)
+
+_FORMAT_VERSION: Final = 1
+
+
+class BenchRecord:
+    """The rounds, contenders and roofline of one plan.
+
+    Attributes:
+        roofline: None before it is measured.
+    """
+
+    def __init__(
+        self, plan: BenchPlan, environment: Mapping[str, str], file: Path | None = None
+    ) -> None:
+        """Begin a record, or go on with the one in the file.
+
+        Args:
+            plan: What is measured.
+            environment: Where.
+            file: Where to keep it; created with the first thing that is known. None keeps it in memory only.
+
+        Raises:
+            RequestError: The file holds something else, or the rounds of another plan.
+            OSError: It cannot be read or written.
+        """
+        self.roofline: Roofline | None = None
+        self._plan = plan
+        self._environment = environment
+        self._file = file
+        self._contenders: dict[str, Contender] = {}
+        self._rounds: dict[BenchCase, list[dict[str, RoundTimes]]] = {}
+        self._is_begun = file is not None and file.exists() and file.stat().st_size > 0
+        if file is not None and self._is_begun:
+            self._read(file)
+
+    def num_rounds(self, case: BenchCase) -> int:
+        """Return how many rounds of a case are there."""
+        return len(self._rounds.get(case, ()))
+
+    def skipped(self, name: str) -> str | None:
+        """Return why a contender takes no part any more, None if it does."""
+        contender = self._contenders.get(name)
+        return None if contender is None else contender.skipped
+
+    def add_round(self, case: BenchCase, times: Mapping[str, RoundTimes]) -> None:
+        """Keep a whole round: what every contender took, by name."""
+        self._rounds.setdefault(case, []).append(dict(times))
+        rounds = {name: dataclasses.asdict(x) for name, x in times.items()}
+        self._append({"case": dataclasses.asdict(case), "round": rounds})
+
+    def add_contender(self, contender: Contender) -> None:
+        """Keep what is known of a contender; its peaks never shrink."""
+        known = self._contenders.get(contender.name)
+        merged = contender if known is None else _merged(known, contender)
+        if merged != known:
+            self._contenders[contender.name] = merged
+            self._append({"contender": dataclasses.asdict(merged)})
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note why a contender takes no part any more; its rounds so far stay."""
+        known = self._contenders.get(name, Contender(name=name))
+        self.add_contender(dataclasses.replace(known, skipped=reason))
+
+    def add_roofline(self, roofline: Roofline) -> None:
+        """Keep the roofline."""
+        self.roofline = roofline
+        self._append({"roofline": dataclasses.asdict(roofline)})
+
+    def report(self) -> BenchReport:
+        """Return everything so far."""
+        names = [spec.name for spec in self._plan.specs()]
+        cases = [case for case in self._plan.cases if case in self._rounds]
+        measurements = [
+            Measurement(contender=name, case=case, rounds=rounds)
+            for case in cases
+            for name in names
+            if (rounds := tuple(x[name] for x in self._rounds[case] if name in x))
+        ]
+        return BenchReport(
+            model=str(self._plan.model),
+            contenders=tuple(self._contenders[x] for x in names if x in self._contenders),
+            measurements=tuple(measurements),
+            roofline=self.roofline,
+            environment=self._environment,
+        )
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        lines = [line]
+        if not self._is_begun:
+            head = {"format_version": _FORMAT_VERSION, "plan": self._plan.fingerprint()}
+            lines = [{**head, "environment": dict(self._environment)}, line]
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(x) + "\n" for x in lines))
+        self._is_begun = True
+
+    def _read(self, file: Path) -> None:
+        raw = file.read_bytes()
+        whole, _, rest = raw.rpartition(b"\n")
+        try:
+            head, *lines = [json.loads(line) for line in whole.splitlines()]
+            version, plan = head["format_version"], head["plan"]
+            environment = {str(key): str(value) for key, value in head["environment"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as err:
+            raise RequestError(
+                f"{file} is not the record of a benchmark: name another file, or remove this one"
+            ) from err
+        if version != _FORMAT_VERSION:
+            raise RequestError(
+                f"{file} is a record of format {version!r}, expected {_FORMAT_VERSION}: name another file"
+            )
+        self._require_same(file, plan)
+        if rest:  # a line that was being written when the process was killed
+            with file.open("r+b") as cut:
+                cut.truncate(len(raw) - len(rest))
+        self._environment = environment
+        try:
+            for line in lines:
+                self._take(line)
+        except (LookupError, TypeError) as err:
+            raise RequestError(
+                f"{file} is damaged ({type(err).__name__}: {err}): name another file, or remove this one"
+            ) from err
+
+    def _require_same(self, file: Path, plan: Mapping[str, Any]) -> None:
+        asked = self._plan.fingerprint()
+        differing = [name for name in asked if plan.get(name) != asked[name]]
+        if differing:
+            name = differing[0]
+            raise RequestError(
+                f"{file} holds the rounds of another command: its {name} is {plan.get(name)}, this "
+                f"one's {asked[name]}. Name another file, or remove this one to begin anew"
+            )
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "round" in line:
+            times = {
+                name: RoundTimes(ttft_s=x["ttft_s"], step_s=tuple(x["step_s"]))
+                for name, x in line["round"].items()
+            }
+            self._rounds.setdefault(BenchCase(**line["case"]), []).append(times)
+        elif "roofline" in line:
+            self.roofline = Roofline(**line["roofline"])
+        else:
+            contender = Contender(**line["contender"])
+            self._contenders[contender.name] = contender
+
+
+def _merged(known: Contender, new: Contender) -> Contender:
+    peaks = ("peak_memory_bytes", "peak_anonymous_bytes", "peak_gpu_bytes")
+    found = {
+        name: max(
+            (x for x in (getattr(known, name), getattr(new, name)) if x is not None), default=None
+        )
+        for name in peaks
+    }
+    return dataclasses.replace(
+        new,
+        description=new.description or known.description,
+        load_s=known.load_s if new.load_s is None else new.load_s,
+        **found,
+    )
