@@ -36,6 +36,25 @@ def emit_table(rows: Sequence[tuple[str, str]], *, title: str) -> None:
         click.echo(f"  {name:<{width}}  {value}".rstrip())
 
 
+def emit_columns(rows: Sequence[Sequence[str]], *, title: str) -> None:
+    """Write a title and the lines of a table to stdout."""
+    click.secho(title, bold=True)
+    for line in column_lines(rows):
+        click.echo(f"  {line}")
+
+
+def column_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table's lines: names in the first column to the left, figures to the right.
+
+    Args:
+        rows: As many cells in each; the first row holds headings.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join([name.ljust(widths[0]), *aligned]).rstrip()
+
+
 def format_bytes(size_bytes: int) -> str:
     """Return a size for people, in binary units: `1.50 GiB`."""
     size = float(size_bytes)

@@ -6,11 +6,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from gemma_deploy.cli.svg import bar, document, label
+
 Figures = npt.NDArray[np.float64]
 
 # A column of the drawing is the mean of one or more neighbouring tokens.
 _COLUMNS: Final = 200
 _COLUMN_WIDTH, _HEIGHT, _TOP, _LEFT = 4, 150, 24, 8
+_COLOUR: Final = "#4878a8"
 
 
 def position_csv(token_ids: npt.NDArray[np.int64], nll: Figures, kl: Figures | None) -> str:
@@ -29,18 +32,11 @@ def position_svg(nll: Figures, kl: Figures | None) -> str:
         panels.append(("KL(reference || model), nats", kl))
     width = 2 * _LEFT + _COLUMNS * _COLUMN_WIDTH
     height = len(panels) * (_HEIGHT + _TOP) + _TOP
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">',
-        "<style>text { font: 12px sans-serif }</style>",
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
+    elements: list[str] = []
     for number, (title, figures) in enumerate(panels):
-        lines += _panel(title, figures, bottom=(number + 1) * (_HEIGHT + _TOP))
-    lines += [
-        f'<text x="{_LEFT}" y="{height - 8}">tokens 0 to {len(nll) - 1} of the text</text>',
-        "</svg>",
-    ]
-    return "\n".join(lines) + "\n"
+        elements += _panel(title, figures, bottom=(number + 1) * (_HEIGHT + _TOP))
+    elements.append(label(_LEFT, height - 8, f"tokens 0 to {len(nll) - 1} of the text"))
+    return document(width, height, elements)
 
 
 def _panel(title: str, figures: Figures, *, bottom: int) -> Iterator[str]:
@@ -49,12 +45,7 @@ def _panel(title: str, figures: Figures, *, bottom: int) -> Iterator[str]:
     )
     largest = float(columns.max())
     column_width = _COLUMNS * _COLUMN_WIDTH / len(columns)
-    yield (
-        f'<text x="{_LEFT}" y="{bottom - _HEIGHT - 6}">{title}: mean {figures.mean():.4g}, highest '
-        f"column {largest:.4g}</text>"
-    )
+    title = f"{title}: mean {figures.mean():.4g}, highest column {largest:.4g}"
+    yield label(_LEFT, bottom - _HEIGHT - 6, title)
     for index, column in enumerate(columns / (largest or 1) * _HEIGHT):
-        yield (
-            f'<rect x="{_LEFT + index * column_width:.1f}" y="{bottom - column:.1f}" '
-            f'width="{column_width:.1f}" height="{column:.1f}" fill="#4878a8"/>'
-        )
+        yield bar(_LEFT + index * column_width, bottom - column, column_width, column, _COLOUR)

@@ -15,6 +15,15 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineManifest, Plan
 from gemma_deploy.engine_build import EngineBuild, EngineLimits
 from gemma_deploy.file_records import record_file
+from gemma_deploy.runtime.benchmark.results import (
+    OURS,
+    BenchCase,
+    BenchReport,
+    Contender,
+    Measurement,
+    Roofline,
+    RoundTimes,
+)
 
 
 @pytest.fixture
@@ -44,6 +53,52 @@ def start(tmp_path: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
         )
 
     return run
+
+
+@pytest.fixture
+def bench_report() -> BenchReport:
+    """Ours and `slow`, a half as fast, over two lengths of prompts; `absent` did not run.
+
+    Ours in two rounds: 1000 and 1250 tokens/s at prefill, 100 and 80 at decode.
+    """
+    cases = [BenchCase(prompt_tokens=x, new_tokens=3, batch_size=2) for x in (8, 256)]
+    measurements = [
+        Measurement(
+            contender=name,
+            case=case,
+            rounds=tuple(
+                RoundTimes(
+                    ttft_s=factor * case.prompt_tokens * 2 / prefill,
+                    step_s=(factor * 2 / decode, factor * 2 / decode),
+                )
+                for prefill, decode in ((1000, 100), (1250, 80))
+            ),
+        )
+        for case in cases
+        for name, factor in ((OURS, 1), ("slow", 2))
+    ]
+    return BenchReport(
+        model="models/bundle",
+        contenders=(
+            Contender(
+                name=OURS, description="onnxruntime, cpu", load_s=1.5, peak_memory_bytes=3 << 30
+            ),
+            Contender(
+                name="slow", description="torch, cpu", load_s=0.25, peak_memory_bytes=1 << 20
+            ),
+            Contender(name="absent", skipped="needs 9 GiB"),
+        ),
+        measurements=tuple(measurements),
+        # At 8 prompt tokens, 2 rows and 45 steps/s: 45 * (900 + 2 * 9.5 * 10) = 49,050 bytes/s.
+        roofline=Roofline(
+            read_bytes_per_s=98_100,
+            matrix_flop_per_s=4_500_000,
+            weights_bytes_per_step=900,
+            cache_bytes_per_token=10,
+            flop_per_token=1000,
+        ),
+        environment={"CPU": "Some CPU", "threads": "2", "date": "2026-11-23 04:00 UTC"},
+    )
 
 
 @pytest.fixture

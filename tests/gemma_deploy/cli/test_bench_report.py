@@ -1,0 +1,86 @@
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+from gemma_deploy.cli.bench_plot import report_svg
+from gemma_deploy.cli.bench_report import report_html
+from gemma_deploy.runtime.benchmark.results import OURS, BenchReport, Contender
+
+
+class _Page(HTMLParser):
+    """Reads a page and checks that every element that is opened is closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.cells.append(data)
+
+
+def test_it_shows_the_drawing_the_tables_and_the_machine(bench_report: BenchReport) -> None:
+    text = report_html(bench_report)
+
+    page = _Page(text)
+    assert report_svg(bench_report) in text
+    for cell in (
+        "1,125 (1,000 to 1,250)",
+        "2.00x",
+        "skipped: needs 9 GiB",
+        "3.00 GiB",
+        "50% of the bandwidth, which allows 180 tokens/s",
+        "Some CPU",
+    ):
+        assert cell in page.cells
+
+
+def test_it_needs_nothing_from_elsewhere(bench_report: BenchReport) -> None:
+    text = report_html(bench_report)
+
+    page = _Page(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.seen)
+    assert not {"src", "href", "xlink:href"} & {name for name, _ in page.attributes}
+    assert not re.search(r"url\(|@import", text)
+
+
+def test_text_is_escaped(bench_report: BenchReport) -> None:
+    nasty = "<script>alert('&\x00')</script>"
+    report = dataclasses.replace(
+        bench_report,
+        model=nasty,
+        contenders=(
+            Contender(name=OURS, description=nasty),
+            Contender(name=nasty, skipped=nasty),
+        ),
+        environment={nasty: nasty},
+    )
+
+    text = report_html(report)
+
+    assert "script" not in _Page(text).seen
+    assert "\x00" not in text
+
+
+def test_nothing_measured(bench_report: BenchReport) -> None:
+    report = dataclasses.replace(bench_report, measurements=(), roofline=None, environment={})
+
+    assert "No round was run to its end." in report_html(report)
