@@ -4,7 +4,8 @@ A random bfloat16 checkpoint of the shape is written to a scratch folder, export
 without a GPU. While the build's own process lives, its anonymous memory (RssAnon: what is no copy of a
 file, and cannot be given up) is read every few milliseconds. The goal is under 1.2 times the plan's
 size at the shape of Gemma 2B. Linux only. Scratch files are removed; they need up to 16 GB of disk at
-that shape. The last line of stdout is one JSON object.
+that shape. Run it in the repository's root, `python -m benchmarks.build_memory`. The last line of stdout
+is one JSON object.
 """
 
 import argparse
@@ -18,17 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
 import gemma_deploy
-from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
-from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from benchmarks.shapes import SHAPES, shape_config, write_random_checkpoint
 from gemma_deploy.engine_build import Layout
 
 GOAL_RATIO = 1.2
-SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
-"""Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""
-_BLOCK_ELEMENTS = 8 << 20
 _INTERVAL_S = 0.005
 
 
@@ -50,39 +45,6 @@ class Peak:
             return  # a child counts its parent's memory until it runs its own program
         now = sum(map(_anonymous_bytes, _children()))
         self.bytes_by_stage[self.stage] = max(now, self.bytes_by_stage.get(self.stage, 0))
-
-
-def shape_config(shape: str) -> GemmaConfig:
-    """Return the config of a shape: one key-value head of 256, 18 layers, 256,000 tokens."""
-    hidden_size, intermediate_size, num_heads = SHAPES[shape]
-    return GemmaConfig(
-        vocab_size=256_000,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=18,
-        num_attention_heads=num_heads,
-        num_key_value_heads=1,
-        head_dim=256,
-    )
-
-
-def write_random_checkpoint(folder: Path, config: GemmaConfig) -> None:
-    """Write a bfloat16 checkpoint of random weights and its config.json.
-
-    No two weights are equal: the library would store them once.
-    """
-    entries, end = {}, 0
-    for name, shape in expected_tensors(config).items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
-    header = json.dumps(entries).encode()
-    values = np.random.default_rng(0).standard_normal(_BLOCK_ELEMENTS, np.float32) * 0.02
-    block = (values.view(np.uint32) >> 16).astype("<u2")  # a float32's upper half is a bfloat16
-    with (folder / SINGLE_FILE).open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for number, start in enumerate(range(0, end, block.nbytes)):
-            file.write(np.roll(block, 4099 * number).tobytes()[: end - start])
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict()), encoding="utf-8")
 
 
 @contextmanager

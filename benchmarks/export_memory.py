@@ -4,7 +4,8 @@ A random bfloat16 checkpoint of the shape is written to a scratch folder and exp
 process for each format, whose peak resident memory (ru_maxrss, imports included) is read when it ends.
 The goal is under 1.5 GB at the shape of Gemma 2B in every format. Peaks of float16 are bounded by
 the weights (--no-calibration), since random weights have no text. Scratch files are removed; they need
-up to 16 GB of disk at that shape. The last line of stdout is one JSON object.
+up to 16 GB of disk at that shape. Run it in the repository's root, `python -m benchmarks.export_memory`.
+The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -19,18 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
-from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
-from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from benchmarks.shapes import SHAPES, shape_config, write_random_checkpoint
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.quantization.formats import SCHEMES
 
 GOAL_BYTES = 1_500_000_000
-SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
-"""Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""
 FORMATS = (*get_args(DType), *SCHEMES)
-_BLOCK_ELEMENTS = 8 << 20
 _EXPORT = """
 import sys
 from pathlib import Path
@@ -61,38 +56,6 @@ class Reading:
     peak_bytes: int
     wall_s: float
     bundle_bytes: int
-
-
-def shape_config(shape: str) -> GemmaConfig:
-    """Return the config of a shape: one key-value head of 256, 18 layers, 256,000 tokens."""
-    hidden_size, intermediate_size, num_heads = SHAPES[shape]
-    return GemmaConfig(
-        vocab_size=256_000,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=18,
-        num_attention_heads=num_heads,
-        num_key_value_heads=1,
-        head_dim=256,
-    )
-
-
-def write_random_checkpoint(folder: Path, config: GemmaConfig) -> None:
-    """Write a bfloat16 checkpoint of random weights, block by block, and its config.json."""
-    shapes = expected_tensors(config)
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
-    header = json.dumps(entries).encode()
-    values = np.random.default_rng(0).standard_normal(_BLOCK_ELEMENTS, np.float32) * 0.02
-    # bfloat16 is the upper half of a float32.
-    block = memoryview((values.view(np.uint32) >> 16).astype("<u2").tobytes())
-    with (folder / SINGLE_FILE).open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for start in range(0, end, len(block)):
-            file.write(block[: end - start])
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict()), encoding="utf-8")
 
 
 def measure(name: str, command: Sequence[str], output: Path | None = None) -> Reading:

@@ -1,0 +1,62 @@
+"""Random checkpoints of the shapes that benchmarks measure.
+
+Time and memory do not depend on what the weights are, so none need be downloaded.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
+from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+
+SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
+"""Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_TINY_GEMMA = Path(__file__).parents[1] / "samples" / "tiny-gemma"
+_BLOCK_ELEMENTS = 8 << 20
+
+
+def shape_config(shape: str) -> GemmaConfig:
+    """Return the config of a shape: one key-value head of 256, 18 layers, 256,000 tokens."""
+    hidden_size, intermediate_size, num_heads = SHAPES[shape]
+    return GemmaConfig(
+        vocab_size=256_000,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=18,
+        num_attention_heads=num_heads,
+        num_key_value_heads=1,
+        head_dim=256,
+    )
+
+
+def write_random_checkpoint(folder: Path, config: GemmaConfig) -> None:
+    """Write a bfloat16 checkpoint of random weights, block by block, and its config.json.
+
+    Standard deviation 0.02. No two weights are equal: a library would store them once.
+
+    Args:
+        folder: Where to write; it exists.
+        config: What to write.
+    """
+    entries, end = {}, 0
+    for name, shape in expected_tensors(config).items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    header = json.dumps(entries).encode()
+    values = np.random.default_rng(0).standard_normal(_BLOCK_ELEMENTS, np.float32) * 0.02
+    block = (values.view(np.uint32) >> 16).astype("<u2")  # a float32's upper half is a bfloat16
+    with (folder / SINGLE_FILE).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for number, start in enumerate(range(0, end, block.nbytes)):
+            file.write(np.roll(block, 4099 * number).tobytes()[: end - start])
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict()), encoding="utf-8")
+
+
+def add_small_tokenizer(folder: Path) -> None:
+    """Give a checkpoint the tokenizer of samples/tiny-gemma: 2,048 tokens, whatever its vocabulary."""
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(_TINY_GEMMA / name, folder / name)
