@@ -86,7 +86,7 @@ class TorchSession:
             CheckpointError: The weights cannot be read.
             ConfigError: The config cannot be read.
         """
-        self.device = _resolve(device or Device(kind="auto"))
+        self.device = resolve_device(device or Device(kind="auto"))
         self._torch_device = torch.device(self.device.kind, self.device.index)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -136,12 +136,12 @@ class TorchSession:
                 f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
             )
         model = self._loaded()
-        positions = input_pos[:, None] + range(input_ids.shape[1])
+        positions = self._positions(input_pos, input_ids.shape[1], cache.static)
         try:
             hidden = model.model(
                 torch.from_numpy(input_ids).to(self._torch_device),
                 past_key_values=cache.static,
-                cache_position=torch.from_numpy(positions).to(self._torch_device),
+                cache_position=positions,
             ).last_hidden_state
             index = torch.from_numpy(logits_index).to(self._torch_device)[..., None]
             picked = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
@@ -151,6 +151,21 @@ class TorchSession:
                 f"torch failed on {self._torch_device} with {input_ids.shape[0]} rows of "
                 f"{input_ids.shape[1]} tokens: {err}"
             ) from err
+
+    def _positions(
+        self, input_pos: Int64Array, num_tokens: int, cache: StaticCache
+    ) -> torch.Tensor | None:
+        """Return the slots of a step's tokens, int64 [B, S]; None for those behind the cached ones.
+
+        Rows that go on together write one run of slots: only then does torch choose its flash kernels,
+        and nothing is copied from the device to find the step's end.
+        """
+        if not input_pos.any():
+            cache.reset()
+        if (input_pos == cache.get_seq_length()).all():
+            return None
+        positions = torch.from_numpy(input_pos[:, None] + range(num_tokens))
+        return positions.to(self._torch_device)
 
     def close(self) -> None:
         """Free the model; the session cannot be used afterwards."""
@@ -162,7 +177,12 @@ class TorchSession:
         return self._model
 
 
-def _resolve(device: Device) -> Device:
+def resolve_device(device: Device) -> Device:
+    """Return the device that torch can use for `device`.
+
+    Raises:
+        BackendUnavailableError: It is not here.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.kind == "cpu" or (device.kind == "auto" and not count):
         return Device(kind="cpu")
