@@ -1,8 +1,9 @@
 """`gemma-deploy bench`: speed and memory of a model, beside baselines on the same weights."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,51 +15,34 @@ if TYPE_CHECKING:
     from gemma_deploy.runtime.benchmark.record import BenchRecord
     from gemma_deploy.runtime.benchmark.results import BenchReport
 
-_BASELINES = ("torch-eager", "torch-compile", "transformers")
+    Callback = Callable[[click.Context, click.Parameter, str], tuple[int, ...]]
+
+_BASELINES: Final = ("torch-eager", "torch-compile", "transformers")
 
 
-class _Numbers(click.ParamType):
-    """Whole numbers from a least one on, separated by commas."""
+def _numbers(least: int) -> "Callback":
+    """Return what reads whole numbers from a least one on, such as `32,256`."""
 
-    name = "numbers"
-
-    def __init__(self, least: int) -> None:
-        self._least = least
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Return the numbers of a text such as `32,256`."""
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
-        if not all(
-            part.isascii() and part.isdigit() and int(part) >= self._least for part in parts
-        ):
-            self.fail(
-                f"{value!r}; expected whole numbers from {self._least} on, separated by commas",
-                param,
-                ctx,
+    def read(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[int, ...]:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+            raise click.BadParameter(
+                f"{text!r}; expected whole numbers from {least} on, separated by commas"
             )
         return tuple(int(part) for part in parts)
 
+    return read
 
-class _Names(click.ParamType):
-    """Baselines, separated by commas."""
 
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """Return the names of a text such as `torch-eager,transformers`."""
-        if isinstance(value, tuple):
-            return value
-        names = [part.strip() for part in str(value).split(",")]
-        for name in names:
-            if name not in _BASELINES:
-                self.fail(f"{name!r}; expected any of {', '.join(_BASELINES)}", param, ctx)
-        return tuple(dict.fromkeys(names))
+def _names(_ctx: click.Context, _param: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """Read names of baselines, such as `torch-eager,transformers`."""
+    if text is None:
+        return ()
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in _BASELINES:
+            raise click.BadParameter(f"{name!r}; expected any of {', '.join(_BASELINES)}")
+    return tuple(dict.fromkeys(names))
 
 
 @click.command(
@@ -85,7 +69,7 @@ command with the same file goes on where it stopped.
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--prompt-tokens",
-    type=_Numbers(1),
+    callback=_numbers(1),
     default="256",
     show_default=True,
     metavar="N,...",
@@ -93,7 +77,7 @@ command with the same file goes on where it stopped.
 )
 @click.option(
     "--new-tokens",
-    type=_Numbers(2),
+    callback=_numbers(2),
     default="64",
     show_default=True,
     metavar="N,...",
@@ -101,7 +85,7 @@ command with the same file goes on where it stopped.
 )
 @click.option(
     "--batch-size",
-    type=_Numbers(1),
+    callback=_numbers(1),
     default="1",
     show_default=True,
     metavar="N,...",
@@ -123,8 +107,7 @@ command with the same file goes on where it stopped.
 )
 @click.option(
     "--against",
-    type=_Names(),
-    default=(),
+    callback=_names,
     metavar="NAME,...",
     help=f"Baselines to run in turn with it: any of {', '.join(_BASELINES)}.",
 )
@@ -228,7 +211,7 @@ def _run(plan: "BenchPlan", record: "BenchRecord") -> bool:
 
     try:
         with progress() as on_progress:
-            run_sweep(plan, record, on_progress)
+            run_sweep(plan, record, on_progress=on_progress, on_notice=notice)
     except KeyboardInterrupt:
         notice("Interrupted: what was measured until then follows.")
         return True

@@ -19,6 +19,7 @@ from gemma_deploy.runtime.benchmark.results import (
     Measurement,
     Roofline,
     RoundTimes,
+    larger,
 )
 
 _FORMAT_VERSION: Final = 1
@@ -170,16 +171,11 @@ class BenchRecord:
 
 
 def _merged(known: Contender, new: Contender) -> Contender:
-    peaks = ("peak_memory_bytes", "peak_anonymous_bytes", "peak_gpu_bytes")
-    found = {
-        name: max(
-            (x for x in (getattr(known, name), getattr(new, name)) if x is not None), default=None
-        )
-        for name in peaks
-    }
     return dataclasses.replace(
         new,
         description=new.description or known.description,
         load_s=known.load_s if new.load_s is None else new.load_s,
-        **found,
+        peak_memory_bytes=larger(known.peak_memory_bytes, new.peak_memory_bytes),
+        peak_anonymous_bytes=larger(known.peak_anonymous_bytes, new.peak_anonymous_bytes),
+        peak_gpu_bytes=larger(known.peak_gpu_bytes, new.peak_gpu_bytes),
     )

@@ -109,11 +109,12 @@ class Contender:
     Attributes:
         name: `OURS` or a baseline's name.
         description: What ran: backend, device, dtypes.
-        load_s: Seconds until it could run its first step, start of Python not included.
+        load_s: Seconds until it could run its first step: its libraries' imports and the weights,
+            start of Python not included.
         peak_memory_bytes: Largest resident memory of its process.
-        peak_anonymous_bytes: Largest memory of its process that no file backs; None where it cannot
-            be read.
-        peak_gpu_bytes: Largest memory its process held on the GPU; None on a CPU or where it cannot
+        peak_anonymous_bytes: Largest memory of its process that no file backs, seen between rounds;
+            None where it cannot be read.
+        peak_gpu_bytes: Largest memory its process held on GPUs, seen between rounds; None on a CPU or where it cannot
             be read.
         skipped: Why it did not run, or stopped; None if it ran to the end.
     """
@@ -127,6 +128,11 @@ class Contender:
     skipped: str | None = None
 
 
+def larger(first: int | None, second: int | None) -> int | None:
+    """Return the larger of two peaks, of which either may be unknown."""
+    return max((x for x in (first, second) if x is not None), default=None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
     """What the machine could do at most, measured on it, and what the bundle asks of it.
@@ -135,8 +141,10 @@ class Roofline:
         read_bytes_per_s: Memory read bandwidth of all threads; copy bandwidth on a GPU.
         matrix_flop_per_s: Rate of a large product in the bundle's weight format.
         weights_bytes_per_step: Bytes of weights that a decode step reads.
-        cache_bytes_per_token: Bytes of KV cache per row and cached token.
+        cache_bytes_per_token: Bytes of KV cache per row and cached token, of layers that see all.
         flop_per_token: Operations of a prompt's token: two per weight it is multiplied with.
+        window_bytes_per_token: Bytes of KV cache per row and cached token of sliding layers.
+        window_tokens: Cached tokens that sliding layers see at most; 0 without such layers.
     """
 
     read_bytes_per_s: float
@@ -144,14 +152,18 @@ class Roofline:
     weights_bytes_per_step: int
     cache_bytes_per_token: int
     flop_per_token: int
+    window_bytes_per_token: int = 0
+    window_tokens: int = 0
 
     def decode_share(self, measurement: Measurement) -> float:
         """Return the share of the read bandwidth that decode reached, 0 to 1 (median round)."""
         case = measurement.case
         cached = case.prompt_tokens + case.new_tokens / 2
-        step_bytes = (
-            self.weights_bytes_per_step + case.batch_size * cached * self.cache_bytes_per_token
+        row_bytes = (
+            cached * self.cache_bytes_per_token
+            + min(cached, self.window_tokens) * self.window_bytes_per_token
         )
+        step_bytes = self.weights_bytes_per_step + case.batch_size * row_bytes
         steps_per_s = statistics.median(measurement.decode_rates()) / case.batch_size
         return step_bytes * steps_per_s / self.read_bytes_per_s
 

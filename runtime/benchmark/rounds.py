@@ -24,13 +24,21 @@ class CaseRunner:
     the same for every contender: only their number matters to the time.
     """
 
-    def __init__(self, session: Session, case: BenchCase, *, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        case: BenchCase,
+        *,
+        prefill_chunk: int,
+        max_seq_len: int | None = None,
+    ) -> None:
         """Prepare; nothing is allocated or run yet.
 
         Args:
             session: What runs the steps.
             case: What to run.
             prefill_chunk: Most tokens of a prompt in one step.
+            max_seq_len: Length of the cache, in tokens; None for what text generation allocates.
         """
         random = np.random.default_rng(case.prompt_tokens)
         first = min(_FIRST_TOKEN, session.config.vocab_size - 1)
@@ -41,7 +49,7 @@ class CaseRunner:
         self._limit = limits.max_seq_len or session.config.max_position_embeddings
         self._case = case
         self._runner = BatchRunner(
-            session, max_seq_len=None, limit=self._limit, prefill_chunk=prefill_chunk
+            session, max_seq_len=max_seq_len, limit=self._limit, prefill_chunk=prefill_chunk
         )
         self._capacity = self._runner.capacity(self._prompts, self._options)
 

@@ -1,18 +1,38 @@
 """All contenders through all cases, taking turns round by round: `run_sweep`."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from gemma_deploy.errors import GemmaDeployError, RequestError
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import GemmaDeployError, RequestError, SessionError
+from gemma_deploy.runtime.benchmark.baselines import (
+    check_installed,
+    lack_of_memory,
+    needed_bytes,
+    own_dtype,
+)
+from gemma_deploy.runtime.benchmark.demands import demands_of
+from gemma_deploy.runtime.benchmark.machine_rates import measure_rates
 from gemma_deploy.runtime.benchmark.plan import BenchPlan, ContenderSpec, open_source
 from gemma_deploy.runtime.benchmark.record import BenchRecord
-from gemma_deploy.runtime.benchmark.results import OURS, BenchCase, RoundTimes
+from gemma_deploy.runtime.benchmark.results import OURS, BenchCase, Roofline, RoundTimes
 from gemma_deploy.runtime.benchmark.worker_process import Worker
+from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.sessions.registry import natural_backend
+from gemma_deploy.runtime.source import ModelSource
 
 OnProgress = Callable[[str, int, int], object]
 
 
-def run_sweep(plan: BenchPlan, record: BenchRecord, on_progress: OnProgress) -> None:
+def run_sweep(
+    plan: BenchPlan,
+    record: BenchRecord,
+    *,
+    on_progress: OnProgress = lambda *_: None,
+    on_notice: Callable[[str], object] = lambda _: None,
+) -> None:
     """Run what is missing in a record.
 
     Every contender lives in a process of its own, loaded once. A baseline that cannot be loaded, or
@@ -23,18 +43,21 @@ def run_sweep(plan: BenchPlan, record: BenchRecord, on_progress: OnProgress) -> 
         plan: What to run.
         record: What is there already; it gets every round as it ends.
         on_progress: Called with what is being done, how much is done and how much there is.
+        on_notice: Called with what a person should know at once: who was skipped, and why.
 
     Raises:
+        BackendUnavailableError: A baseline is not installed; nothing has run then.
         RequestError: A case is longer than the model is made for; nothing has run then.
         GemmaDeployError: The model itself cannot be loaded or run.
     """
-    open_source(plan)
+    check_installed(plan.against)
+    source = open_source(plan)
     missing = [case for case in plan.cases if record.num_rounds(case) < plan.rounds]
     if not missing:
         return
     with contextlib.ExitStack() as stack:
-        sweep = _Sweep(plan, record, on_progress, stack)
-        sweep.load()
+        sweep = _Sweep(plan, record, on_progress, on_notice, stack)
+        sweep.load(source)
         for case in missing:
             sweep.run(case)
 
@@ -47,26 +70,29 @@ class _Sweep:
         plan: BenchPlan,
         record: BenchRecord,
         on_progress: OnProgress,
+        on_notice: Callable[[str], object],
         stack: contextlib.ExitStack,
     ) -> None:
         self._plan = plan
         self._record = record
         self._on_progress = on_progress
+        self._on_notice = on_notice
         self._stack = stack
         self._workers: list[Worker] = []
 
-    def load(self) -> None:
-        """Start and load ours, and then every baseline that is possible."""
+    def load(self, source: ModelSource) -> None:
+        """Start and load ours, measure the machine, and load every baseline that is possible."""
         ours, *baselines = self._plan.specs()
         worker = self._load(ours)
         _check_limits(self._plan, worker)
+        device = Device.parse(f"cuda:{Device.parse(ours.device).index}")
+        if worker.device == "cpu":
+            device = Device(kind="cpu")
+        if self._record.roofline is None:
+            self._measure_machine(source, device)
         for spec in baselines:
-            if self._record.skipped(spec.name) is not None:
-                continue
-            try:
-                self._load(spec)
-            except GemmaDeployError as err:
-                self._skip(spec.name, str(err))
+            if self._record.skipped(spec.name) is None:
+                self._load_baseline(spec, device)
 
     def run(self, case: BenchCase) -> None:
         """Run the rounds of a case that are missing."""
@@ -80,6 +106,44 @@ class _Sweep:
         self._on_progress(str(case), self._plan.rounds, self._plan.rounds)
         for worker in self._workers:
             self._record.add_contender(worker.contender)
+
+    def _measure_machine(self, source: ModelSource, device: Device) -> None:
+        stage = "measuring the machine"
+        self._on_progress(stage, 0, 1)
+        backend = natural_backend(source) if self._plan.backend == "auto" else self._plan.backend
+        demands = demands_of(source, backend, device.kind)
+        try:
+            rates = measure_rates(demands.weight_format, device, self._plan.threads)
+        except SessionError as err:
+            self._on_notice(str(err))
+            return
+        self._on_progress(stage, 1, 1)
+        self._record.add_roofline(
+            Roofline(
+                read_bytes_per_s=rates.read_bytes_per_s,
+                matrix_flop_per_s=rates.matrix_flop_per_s,
+                weights_bytes_per_step=demands.weights_bytes_per_step,
+                cache_bytes_per_token=demands.cache_bytes_per_token,
+                flop_per_token=demands.flop_per_token,
+                window_bytes_per_token=demands.window_bytes_per_token,
+                window_tokens=demands.window_tokens,
+            )
+        )
+
+    def _load_baseline(self, spec: ContenderSpec, device: Device) -> None:
+        """Load a baseline on the device that ours runs on, or note why not."""
+        try:
+            checkpoint = Checkpoint.open(Path(spec.model))
+            dtype = spec.dtype or own_dtype(checkpoint)
+            needed = needed_bytes(spec.name, checkpoint.config, dtype, self._plan.cases)
+            reason = lack_of_memory(needed, device)
+            if reason is None:
+                place = f"cuda:{device.index}" if device.kind == "cuda" else "cpu"
+                self._load(dataclasses.replace(spec, device=place))
+                return
+        except GemmaDeployError as err:
+            reason = str(err)
+        self._skip(spec.name, reason)
 
     def _load(self, spec: ContenderSpec) -> Worker:
         self._on_progress(f"loading {spec.name}", 0, 1)
@@ -110,6 +174,7 @@ class _Sweep:
             self._workers.remove(worker)
             worker.close()
         self._record.skip(name, reason)
+        self._on_notice(f"skipped {name}: {reason}")
 
 
 def _rotated(workers: Sequence[Worker], by: int) -> list[Worker]:

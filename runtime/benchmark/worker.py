@@ -13,13 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma_deploy.errors import GemmaDeployError
-from gemma_deploy.runtime.benchmark.contenders import LoadedContender, load_contender
+from gemma_deploy.runtime.benchmark.contenders import load_contender
+from gemma_deploy.runtime.benchmark.gpu_memory import process_gpu_bytes
 from gemma_deploy.runtime.benchmark.plan import ContenderSpec
 from gemma_deploy.runtime.benchmark.process_memory import read_memory
-from gemma_deploy.runtime.benchmark.results import BenchCase
+from gemma_deploy.runtime.benchmark.results import OURS, BenchCase
 from gemma_deploy.runtime.benchmark.rounds import CaseRunner
 
 Read = Callable[[], dict[str, Any]]
@@ -29,6 +31,7 @@ Send = Callable[[dict[str, Any]], None]
 def serve(read: Read, send: Send) -> None:
     """Load a contender and run the cases that are asked for; never returns."""
     spec = ContenderSpec(**read())
+    _offer_to_out_of_memory_killer(spec)
     started_s = time.perf_counter()
     contender = load_contender(spec)
     limits = contender.session.limits
@@ -39,7 +42,7 @@ def serve(read: Read, send: Send) -> None:
             "device": contender.device,
             "max_seq_len": limits.max_seq_len,
             "max_batch_size": limits.max_batch_size,
-            **_memory(),
+            **_memory(contender.device),
         }
     )
     running: tuple[BenchCase, CaseRunner] | None = None
@@ -48,18 +51,27 @@ def serve(read: Read, send: Send) -> None:
         if running is None or running[0] != case:
             if running is not None:
                 running[1].free()  # before its successor allocates
-            running = case, _runner(contender, case)
+            running = case, contender.case_runner(case)
+            for _ in range(contender.extra_warmup):
+                running[1].run()
         times = running[1].run()
-        send({"ttft_s": times.ttft_s, "step_s": times.step_s, **_memory()})
+        send({"ttft_s": times.ttft_s, "step_s": times.step_s, **_memory(contender.device)})
 
 
-def _runner(contender: LoadedContender, case: BenchCase) -> CaseRunner:
-    return CaseRunner(contender.session, case, prefill_chunk=contender.prefill_chunk)
-
-
-def _memory() -> dict[str, int | None]:
+def _memory(device: str) -> dict[str, int | None]:
     memory = read_memory()
-    return {"peak_bytes": memory.peak_bytes, "anonymous_bytes": memory.anonymous_bytes}
+    return {
+        "peak_bytes": memory.peak_bytes,
+        "anonymous_bytes": memory.anonymous_bytes,
+        "gpu_bytes": process_gpu_bytes(os.getpid()) if device == "cuda" else None,
+    }
+
+
+def _offer_to_out_of_memory_killer(spec: ContenderSpec) -> None:
+    """Let the system kill a contender rather than the program, and a baseline rather than ours."""
+    score = Path("/proc/self/oom_score_adj")
+    if score.is_file():
+        score.write_text("300" if spec.name == OURS else "600", encoding="ascii")
 
 
 def main() -> None:

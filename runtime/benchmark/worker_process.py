@@ -12,7 +12,12 @@ from typing import IO, Any, Final, Self, cast
 from gemma_deploy import errors
 from gemma_deploy.errors import SessionError
 from gemma_deploy.runtime.benchmark.plan import ContenderSpec
-from gemma_deploy.runtime.benchmark.results import BenchCase, Contender, RoundTimes
+from gemma_deploy.runtime.benchmark.results import (
+    BenchCase,
+    Contender,
+    RoundTimes,
+    larger,
+)
 
 _MODULE: Final = "gemma_deploy.runtime.benchmark.worker"
 _SHOWN_LINES: Final = 20
@@ -101,9 +106,10 @@ class Worker:
         self.contender = dataclasses.replace(
             self.contender,
             peak_memory_bytes=answer["peak_bytes"],
-            peak_anonymous_bytes=_larger(
+            peak_anonymous_bytes=larger(
                 self.contender.peak_anonymous_bytes, answer["anonymous_bytes"]
             ),
+            peak_gpu_bytes=larger(self.contender.peak_gpu_bytes, answer["gpu_bytes"]),
         )
         return answer
 
@@ -120,7 +126,3 @@ class Worker:
         printed = self._stderr.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
         text = "\n".join(line for line in printed if line.strip()) or "(it said nothing)"
         return SessionError(f"the process of {self._spec.name} {how}. It said last:\n{text}")
-
-
-def _larger(first: int | None, second: int | None) -> int | None:
-    return max((x for x in (first, second) if x is not None), default=None)
