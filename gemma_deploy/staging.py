@@ -95,6 +95,29 @@ def check_replaceable(output: Path, *, force: bool, replaceable: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a folder, give whether that worked. The lock ends with the process, whatever ends it.
+
+    Args:
+        folder: An existing folder.
+        wait: Whether to wait for another holder; else that counts as not having worked, as does a
+            file system or an operating system (Windows) that locks no folders.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _took_lock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+
+
 def _partial_prefix(output: Path) -> str:
     return f".{output.name}.partial-"
 
@@ -154,27 +177,10 @@ def _make_staging(output: Path, undo: contextlib.ExitStack) -> Path:
         staging = output.with_name(name)
         staging.mkdir()
         undo.callback(shutil.rmtree, staging, ignore_errors=True)
-        undo.enter_context(_locked(staging, wait=True))
+        undo.enter_context(locked(staging, wait=True))
         # Another process that cleans up may have seen it before it was locked.
         if staging.exists():
             return staging
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Lock a folder, give whether that worked. The lock ends with the process, whatever ends it."""
-    if sys.platform == "win32":
-        yield False
-        return
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        yield False
-        return
-    try:
-        yield _took_lock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(handle)
 
 
 def _took_lock(handle: int, operation: int) -> bool:
@@ -192,7 +198,7 @@ def _clean_up_after_the_dead(output: Path) -> None:
     for folder in output.parent.iterdir():
         if not pattern.fullmatch(folder.name):
             continue
-        with _locked(folder) as is_abandoned, contextlib.suppress(OSError):
+        with locked(folder) as is_abandoned, contextlib.suppress(OSError):
             if not is_abandoned:
                 continue
             if folder.suffix == _RETIRED and not os.path.lexists(output):
@@ -232,7 +238,7 @@ def _publish(staging: Path, output: Path) -> None:
     retired = staging.with_name(f"{staging.name}{_RETIRED}")
     made = staging.stat()
     # The lock moves with the folder: nobody puts it back while it is set aside.
-    with _locked(output):
+    with locked(output):
         try:
             if output.exists():
                 output.rename(retired)
