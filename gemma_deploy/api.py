@@ -160,6 +160,7 @@ def load(
     device: str = "auto",
     max_seq_len: int | None = None,
     threads: int | None = None,
+    prepacked_cache: str | Path | None = None,
 ) -> TextGenerator:
     """Load a model to generate with; use it as a context manager.
 
@@ -175,6 +176,9 @@ def load(
         max_seq_len: Capacity of the KV cache in tokens, allocated once; None for what each call
             needs, up to what the model is made for.
         threads: Threads of the CPU kernels; None for one per core.
+        prepacked_cache: Folder where ONNX Runtime keeps a bundle's weights in the layout that this
+            machine's CPU multiplies with, so that later loads are quick and share them
+            (docs/prepacked-cache.md); None for nowhere.
 
     Returns:
         A `TextGenerator` with `generate`, `stream` and `chat`.
@@ -197,6 +201,7 @@ def load(
         device=device,
         max_seq_len=max_seq_len,
         threads=threads,
+        prepacked_cache=None if prepacked_cache is None else Path(prepacked_cache),
     )
 
 
@@ -208,6 +213,7 @@ def pipeline(
     device: str = "auto",
     max_seq_len: int | None = None,
     threads: int | None = None,
+    prepacked_cache: str | Path | None = None,
     **defaults: Any,
 ) -> TextGenerationPipeline:
     """Return a pipeline that behaves as transformers' of the same task.
@@ -215,10 +221,11 @@ def pipeline(
     Args:
         task: Only `text-generation`.
         model: A bundle or checkpoint folder, or what `load` returned.
-        backend: As for `load`, like the next three; a loaded model already has its own.
+        backend: As for `load`, like the next four; a loaded model already has its own.
         device: As for `load`.
         max_seq_len: As for `load`.
         threads: As for `load`.
+        prepacked_cache: As for `load`.
         **defaults: Keyword arguments for every call, such as `max_new_tokens`.
 
     Raises:
@@ -233,7 +240,7 @@ def pipeline(
         raise RequestError("model is missing: give the folder of a bundle or of a checkpoint")
     check_keywords(defaults)  # before a large model is loaded
     if not isinstance(model, TextGenerator):
-        model = load(model, backend, device, max_seq_len, threads)
+        model = load(model, backend, device, max_seq_len, threads, prepacked_cache)
     return TextGenerationPipeline(model, **defaults)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from gemma_deploy.errors import RequestError
@@ -88,12 +89,18 @@ class TextGenerator:
         device: str = "auto",
         max_seq_len: int | None = None,
         threads: int | None = None,
+        prepacked_cache: Path | None = None,
     ) -> "TextGenerator":
         """Load a model and its tokenizer; see `gemma_deploy.load`."""
         check_max_seq_len(max_seq_len, source.max_seq_len)
         tokenizer = GemmaTokenizer.from_pretrained(source.folder)
         session = create_session(
-            source, backend=backend, device=device, threads=threads, max_seq_len=max_seq_len
+            source,
+            backend=backend,
+            device=device,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            prepacked_cache=prepacked_cache,
         )
         try:
             return cls(session, tokenizer, source, max_seq_len=max_seq_len)

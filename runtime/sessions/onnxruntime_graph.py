@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import BundleError, SessionError
 from gemma_deploy.external_data import check_external_data
+from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import (
     INPUT_IDS,
     INPUT_POS,
@@ -25,7 +26,10 @@ from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_providers import (
     ORT_ERRORS,
     create_inference_session,
+    is_on_cpu,
 )
+from gemma_deploy.runtime.sessions.prepacked_cache import PrepackedCache
+from gemma_deploy.runtime.sessions.prepacked_graph import load_prepacked
 from gemma_deploy.runtime.sessions.session import Int64Array
 
 _ORT_TYPES = {
@@ -46,12 +50,15 @@ class GraphSource:
         model: The serialized model to run in the file's place, a rewrite of it; None for the file.
         continues_rows_in_turn: Whether it takes several tokens behind a cache for one row only, as
             GroupQueryAttention does.
+        weights: What the bundle says of the file of its external data; None if nothing is known,
+            and then its packed weights are not kept.
     """
 
     path: Path
     spec: GraphSpec
     model: bytes | None = None
     continues_rows_in_turn: bool = False
+    weights: FileRecord | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, phase: Phase, lowering: Lowering) -> "GraphSource":
@@ -66,6 +73,7 @@ class GraphSource:
             path=path,
             spec=bundle.manifest.spec(phase, lowering),
             continues_rows_in_turn=lowering == "onnxruntime",
+            weights=bundle.manifest.files[bundle.manifest.weights],
         )
 
 
@@ -76,13 +84,21 @@ class OnnxRuntimeGraph:
         device: What it runs on, `cpu` or `cuda`.
     """
 
-    def __init__(self, source: GraphSource, device: Device, threads: int | None) -> None:
+    def __init__(
+        self,
+        source: GraphSource,
+        device: Device,
+        threads: int | None,
+        *,
+        prepacked_cache: PrepackedCache | None = None,
+    ) -> None:
         """Load a graph.
 
         Args:
             source: The graph; where its external data lies has been checked.
             device: See `create_inference_session`.
             threads: Threads of the CPU kernels; None for one per core.
+            prepacked_cache: Where packed weights of the CPU's kernels are kept; None for nowhere.
 
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here.
@@ -92,9 +108,7 @@ class OnnxRuntimeGraph:
         self._name = source.path.name
         self._spec = source.spec
         self._session: Any
-        self._session, self.device = create_inference_session(
-            source.path, device, threads, model=source.model
-        )
+        self._session, self.device = _load(source, device, threads, prepacked_cache)
         _check_ports(self._name, "inputs", self._session.get_inputs(), self._spec.inputs)
         _check_ports(self._name, "outputs", self._session.get_outputs(), self._spec.outputs)
         self._binding: Any = self._session.io_binding()
@@ -175,6 +189,18 @@ class OnnxRuntimeGraph:
         self._binding.bind_output(
             LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data
         )
+
+
+def _load(
+    source: GraphSource, device: Device, threads: int | None, cache: PrepackedCache | None
+) -> tuple[Any, Device]:
+    """Return the inference session and what it runs on; see `create_inference_session`."""
+    is_file = source.model is None
+    if cache is not None and is_file and source.weights is not None and is_on_cpu(device):
+        session = load_prepacked(source.path, source.spec, source.weights, cache, threads)
+        if session is not None:
+            return session, Device(kind="cpu")
+    return create_inference_session(source.path, device, threads, model=source.model)
 
 
 def _check_ports(graph: str, side: str, ports: list[Any], specs: tuple[TensorSpec, ...]) -> None:

@@ -52,11 +52,7 @@ def create_inference_session(
         BackendUnavailableError: `cuda` was asked for and does not work here.
         SessionError: ONNX Runtime cannot load the graph.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS
-    options.add_session_config_entry(*_FOLD_DEQUANTIZATION)
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options(threads)
     if model is not None:
         options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(graph.parent))
     load = functools.partial(_load, graph, model, options)
@@ -80,6 +76,38 @@ def create_inference_session(
         f"{', '.join(session.get_providers())}: {reason}. It needs CUDA 13 and cuDNN 9: "
         "pip install 'onnxruntime-gpu[cuda,cudnn]', or use the device cpu"
     )
+
+
+def session_options(threads: int | None) -> Any:
+    """Return the `onnxruntime.SessionOptions` that every graph is loaded with.
+
+    Args:
+        threads: Threads of the CPU kernels; None for one per core.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS
+    options.add_session_config_entry(*_FOLD_DEQUANTIZATION)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def load_on_cpu(graph: Path, options: Any) -> Any:
+    """Load a graph to run on the CPU.
+
+    Args:
+        graph: An ONNX file whose external data has been checked.
+        options: From `session_options`.
+
+    Raises:
+        SessionError: ONNX Runtime cannot load the graph.
+    """
+    return _load(graph, None, options, [_CPU])
+
+
+def is_on_cpu(device: Device) -> bool:
+    """Tell whether it is clear before loading that a graph will run on the CPU."""
+    return device.kind == "cpu" or (device.kind == "auto" and _missing_for_cuda(device) is not None)
 
 
 def _missing_for_cuda(device: Device) -> str | None:

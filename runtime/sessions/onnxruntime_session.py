@@ -1,6 +1,7 @@
 """A bundle on ONNX Runtime, on a CPU or a CUDA device: `OnnxRuntimeSession`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Self
 
 import array_api_compat.numpy as array_api_numpy
@@ -15,6 +16,7 @@ from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource, OnnxRuntimeGraph
 from gemma_deploy.runtime.sessions.onnxruntime_providers import ORT_ERRORS
+from gemma_deploy.runtime.sessions.prepacked_cache import PrepackedCache
 from gemma_deploy.runtime.sessions.session import (
     Int64Array,
     KVCache,
@@ -52,6 +54,7 @@ class OnnxRuntimeSession:
         threads: int | None = None,
         use_decode_graph: bool = False,
         graphs: Mapping[Phase, GraphSource] | None = None,
+        prepacked_cache: PrepackedCache | None = None,
     ) -> None:
         """Load the bundle.
 
@@ -62,6 +65,7 @@ class OnnxRuntimeSession:
             use_decode_graph: Whether to load the decode graph too and use it for single tokens.
             graphs: Other graphs to run: of another lowering, or rewritten. None for those that the
                 bundle has for ONNX Runtime.
+            prepacked_cache: Where packed weights of the CPU's kernels are kept; None for nowhere.
 
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here, or not in float32.
@@ -74,11 +78,10 @@ class OnnxRuntimeSession:
         sources = graphs or {x: GraphSource.of(bundle, x, "onnxruntime") for x in phases}
         self._continues_rows_in_turn = any(x.continues_rows_in_turn for x in sources.values())
         self._spec = sources["prefill"].spec
-        self._prefill = OnnxRuntimeGraph(sources["prefill"], device, threads)
+        load = partial(OnnxRuntimeGraph, threads=threads, prepacked_cache=prepacked_cache)
+        self._prefill = load(sources["prefill"], device)
         self.device = self._prefill.device
-        self._decode = (
-            OnnxRuntimeGraph(sources["decode"], self.device, threads) if use_decode_graph else None
-        )
+        self._decode = load(sources["decode"], self.device) if use_decode_graph else None
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 from gemma_deploy.errors import BackendUnavailableError, RequestError
@@ -21,12 +22,14 @@ class SessionRequest:
         device: Where to run.
         threads: Threads of the CPU kernels; None leaves it to the backend.
         max_seq_len: The KV cache that will be wanted, in tokens; None for any.
+        prepacked_cache: Folder where ONNX Runtime's packed weights are kept; None for nowhere.
     """
 
     source: ModelSource
     device: Device
     threads: int | None
     max_seq_len: int | None
+    prepacked_cache: Path | None = None
 
 
 Creator = Callable[[SessionRequest], Session]
@@ -39,6 +42,7 @@ def create_session(
     device: str = "auto",
     threads: int | None = None,
     max_seq_len: int | None = None,
+    prepacked_cache: Path | None = None,
 ) -> Session:
     """Load a model.
 
@@ -50,6 +54,8 @@ def create_session(
         threads: Threads of the CPU kernels, at least 1; None leaves it to the backend.
         max_seq_len: The KV cache that will be wanted, in tokens: only engines of at least that are
             considered. None for any.
+        prepacked_cache: Folder where ONNX Runtime's packed weights are kept (see `PrepackedCache`);
+            None for nowhere. Other backends have no use for it.
 
     Raises:
         RequestError: An unknown backend or device, or a backend that cannot run this folder.
@@ -64,7 +70,11 @@ def create_session(
     if threads is not None and threads < 1:
         raise RequestError(f"threads is {threads}; it must be at least 1")
     request = SessionRequest(
-        source=source, device=Device.parse(device), threads=threads, max_seq_len=max_seq_len
+        source=source,
+        device=Device.parse(device),
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prepacked_cache=prepacked_cache,
     )
     return BACKENDS[backend](request)
 
@@ -82,12 +92,19 @@ def _onnxruntime(request: SessionRequest) -> Session:
         raise RequestError(f"{_described(source)}; the onnxruntime backend runs bundles")
     try:
         from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+        from gemma_deploy.runtime.sessions.prepacked_cache import PrepackedCache
     except ImportError as err:
         raise BackendUnavailableError(
             f"the onnxruntime backend cannot be imported: {err}. pip install onnxruntime-gpu "
             "(onnxruntime on macOS)"
         ) from err
-    return OnnxRuntimeSession(source.bundle, device=request.device, threads=request.threads)
+    cache = request.prepacked_cache
+    return OnnxRuntimeSession(
+        source.bundle,
+        device=request.device,
+        threads=request.threads,
+        prepacked_cache=None if cache is None else PrepackedCache(folder=cache),
+    )
 
 
 def _torch(request: SessionRequest) -> Session:

@@ -63,7 +63,7 @@ def test_load_hands_its_options_on(bundle: Path, created: list[dict[str, Any]]) 
         assert generator.max_seq_len == 33
         assert type(generator.session).__name__ == "OnnxRuntimeSession"
     handed_on = {"backend": "onnxruntime", "device": "cpu", "threads": 1, "max_seq_len": 33}
-    assert created == [handed_on]
+    assert created == [handed_on | {"prepacked_cache": None}]
 
 
 def test_pipeline_takes_a_folder_or_a_loaded_model(bundle: Path) -> None:
@@ -78,7 +78,17 @@ def test_pipeline_hands_its_options_on(bundle: Path, created: list[dict[str, Any
     options: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu", "threads": 1}
     with gemma_deploy.pipeline(model=bundle, max_seq_len=33, top_k=3, **options) as pipeline:
         assert pipeline.generator.max_seq_len == 33
-    assert created == [{**options, "max_seq_len": 33}]
+    assert created == [{**options, "max_seq_len": 33, "prepacked_cache": None}]
+
+
+def test_both_hand_on_where_packed_weights_are_kept(
+    bundle: Path, created: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "prepacked"
+    gemma_deploy.load(bundle, device="cpu", prepacked_cache=str(folder)).close()
+    gemma_deploy.pipeline(model=bundle, device="cpu", prepacked_cache=folder).generator.close()
+    assert [options["prepacked_cache"] for options in created] == [folder, folder]
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_pipeline_refuses_a_keyword_before_it_loads(
