@@ -12,6 +12,7 @@ from gemma_deploy.cli.conversation import Conversation
 from gemma_deploy.cli.generate_command import summary
 from gemma_deploy.cli.interrupt import cancel_on_interrupt
 from gemma_deploy.cli.options import generation_options, runtime_options, sampling_options
+from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 from gemma_deploy.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ commands; Ctrl-C stops an answer, which stays in the conversation as far as it c
 @click.option("--system", metavar="TEXT", help="System prompt: what the model is told beforehand.")
 @sampling_options
 @runtime_options
+@prepacked_cache_option
 def command(
     *,
     bundle: Path,
@@ -50,6 +52,7 @@ def command(
     threads: int | None,
     max_seq_len: int | None,
     backend: str,
+    prepacked_cache: Path | None,
     **sampling: Any,
 ) -> None:
     """Talk to the model in the folder BUNDLE.
@@ -62,7 +65,12 @@ def command(
 
     with working(f"loading {bundle}"):
         generator = load(
-            bundle, backend=backend, device=device, max_seq_len=max_seq_len, threads=threads
+            bundle,
+            backend=backend,
+            device=device,
+            max_seq_len=max_seq_len,
+            threads=threads,
+            prepacked_cache=prepacked_cache,
         )
     with generator:
         conversation = Conversation(

@@ -11,6 +11,7 @@ from gemma_deploy.cli.console import emit_json, notice, working
 from gemma_deploy.cli.interrupt import cancel_on_interrupt
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
 from gemma_deploy.cli.options import generation_options, runtime_options, sampling_options
+from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 from gemma_deploy.cli.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ multiplies matrices in float32.
     "prompts run one at a time.",
 )
 @runtime_options
+@prepacked_cache_option
 @click.option("--no-stream", is_flag=True, help="Print a single prompt's text when it is complete.")
 @click.option(
     "--json",
@@ -84,6 +86,7 @@ def command(
     threads: int | None,
     max_seq_len: int | None,
     backend: str,
+    prepacked_cache: Path | None,
     no_stream: bool,
     as_json: bool,
     **sampling: Any,
@@ -102,7 +105,12 @@ def command(
 
     with working(f"loading {bundle}"):
         generator = load(
-            bundle, backend=backend, device=device, max_seq_len=max_seq_len, threads=threads
+            bundle,
+            backend=backend,
+            device=device,
+            max_seq_len=max_seq_len,
+            threads=threads,
+            prepacked_cache=prepacked_cache,
         )
     started = time.perf_counter()
     with generator, cancel_on_interrupt() as is_cancelled:

@@ -52,6 +52,10 @@ COMMANDS: Final = MappingProxyType(
             module="gemma_deploy.cli.bench_command",
             short_help="Measure speed and memory, beside torch and transformers if asked to.",
         ),
+        "cache": LazyCommand(
+            module="gemma_deploy.cli.cache_command",
+            short_help="List or remove the prepacked weights that --prepacked-cache keeps.",
+        ),
         "doctor": LazyCommand(
             module="gemma_deploy.cli.doctor_command",
             short_help="Tell what this machine can run and how to install what is missing.",
