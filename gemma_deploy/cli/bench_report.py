@@ -24,6 +24,8 @@ h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em } h3 { font-size:
 h1, td { overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 0.8em 0; font-variant-numeric: tabular-nums }
 th, td { padding: 0.25em 0.9em; border-bottom: 1px solid #ddd; text-align: right }
+.figures { overflow-x: auto } .figures td, thead th { white-space: nowrap }
+h2 { break-after: avoid } table { break-inside: avoid } @media print { body { font-size: 11px } }
 th { font-weight: 600; background: #f5f6f7 } tbody th { background: none }
 th:first-child, table.facts td { text-align: left }
 svg { max-width: 100%; height: auto }
@@ -84,11 +86,11 @@ def _limits(report: BenchReport) -> Iterator[str]:
 def _table(rows: Rows) -> Iterator[str]:
     headings, *body = rows
     cells = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in headings)
-    yield f"<table><thead><tr>{cells}</tr></thead><tbody>"
+    yield f'<div class="figures"><table><thead><tr>{cells}</tr></thead><tbody>'
     for name, *figures in body:
         cells = "".join(f"<td>{escaped(figure)}</td>" for figure in figures)
         yield f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>'
-    yield "</tbody></table>"
+    yield "</tbody></table></div>"
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> Iterator[str]:

@@ -123,10 +123,19 @@ def roofline_facts(report: BenchReport) -> list[tuple[str, str]]:
     roofline = report.roofline
     if roofline is None:
         return []
+    window_bytes = roofline.window_bytes_per_token
+    cache = _kilobytes(roofline.cache_bytes_per_token + window_bytes)
+    if roofline.window_tokens:
+        last = f"for the last {roofline.window_tokens:,} tokens only"
+        cache = f"{cache}, {_kilobytes(window_bytes)} of them {last}"
     return [
         ("memory bandwidth", f"{format_figure(roofline.read_bytes_per_s / 1e9)} GB/s"),
         ("matrix rate", f"{format_figure(roofline.matrix_flop_per_s / 1e9)} GFLOP/s"),
         ("weights per step", f"{format_figure(roofline.weights_bytes_per_step / 1e6)} MB"),
-        ("KV cache per token", f"{format_figure(roofline.cache_bytes_per_token / 1e3)} kB"),
+        ("KV cache per token", cache),
         ("a prompt's token", f"{format_figure(roofline.flop_per_token / 1e9)} GFLOP"),
     ]
+
+
+def _kilobytes(size_bytes: int) -> str:
+    return f"{format_figure(size_bytes / 1e3)} kB"

@@ -99,3 +99,20 @@ def test_no_shares_without_a_roofline_or_ours(bench_report: BenchReport) -> None
     assert roofline_facts(unknown) == []
     others = dataclasses.replace(bench_report, measurements=tuple(bench_report.measurements[1:2]))
     assert share_facts(others, case) == []
+
+
+def test_limits_and_needs(bench_report: BenchReport) -> None:
+    assert bench_report.roofline is not None
+    sliding = dataclasses.replace(
+        bench_report.roofline,
+        read_bytes_per_s=34.1e9,
+        cache_bytes_per_token=2_000,
+        window_bytes_per_token=10_000,
+        window_tokens=1024,
+    )
+
+    facts = dict(roofline_facts(dataclasses.replace(bench_report, roofline=sliding)))
+
+    assert facts["memory bandwidth"] == "34.1 GB/s"
+    assert facts["KV cache per token"] == "12.0 kB, 10.0 kB of them for the last 1,024 tokens only"
+    assert dict(roofline_facts(bench_report))["KV cache per token"] == "0.01 kB"
