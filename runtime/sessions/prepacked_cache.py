@@ -213,5 +213,5 @@ def _read_entry(folder: Path) -> PrepackedEntry | None:
 def _remove(folder: Path) -> None:
     """Remove an entry, its record first: half of one must never be found."""
     with contextlib.suppress(OSError):
-        (folder / ENTRY_FILE).unlink()
+        (folder / ENTRY_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from gemma_deploy.errors import SessionError
 from gemma_deploy.file_records import FileRecord, sha256_of
-from gemma_deploy.graph_spec import INPUT_IDS, LOGITS, GraphSpec
+from gemma_deploy.graph_spec import INPUT_IDS, LOGITS, LOGITS_INDEX, GraphSpec
 from gemma_deploy.machine import read_cpu
 from gemma_deploy.runtime.sessions.aligned_blobs import align_blobs
 from gemma_deploy.runtime.sessions.onnxruntime_providers import (
@@ -30,6 +30,7 @@ _DATA_NAME: Final = ("session.optimized_model_external_initializers_file_name", 
 # The data holds a tensor as it is multiplied and as it was: 8 and 16-bit weights once each in 32 bits.
 _NEED_PER_WEIGHT_BYTE: Final = 5
 _PROBE_DIMS: Final = {"B": 1, "S": 4, "L": 1, "T": 8}
+_FIRST_PROBE_TOKEN: Final = 2
 
 
 def load_prepacked(
@@ -115,12 +116,16 @@ def _pack(graph: Path, spec: GraphSpec, folder: Path, threads: int | None) -> An
 
 
 def _probe(load: Callable[[], Any], spec: GraphSpec) -> npt.NDArray[np.float32]:
-    """Return the logits of a few tokens at the beginning of an empty cache."""
+    """Return the logits after a few tokens: float32 [1, 1, V]."""
     feeds = {}
     for tensor in spec.inputs:
         shape = [_PROBE_DIMS[dim] if isinstance(dim, str) else dim for dim in tensor.dims]
         feeds[tensor.name] = np.zeros(shape, tensor.dtype)
-    feeds[INPUT_IDS] += np.arange(feeds[INPUT_IDS].size).reshape(feeds[INPUT_IDS].shape)
+    num_tokens = feeds[INPUT_IDS].size
+    # Not the padding token: where its embedding is zero, so are the logits, whatever the weights.
+    feeds[INPUT_IDS] += _FIRST_PROBE_TOKEN + np.arange(num_tokens)
+    if LOGITS_INDEX in feeds:
+        feeds[LOGITS_INDEX] += num_tokens - 1
     try:
         logits: npt.NDArray[np.float32] = load().run([LOGITS], feeds)[0]
     except ORT_ERRORS as err:

@@ -1,0 +1,197 @@
+"""The folder itself; what ONNX Runtime writes into it is test_prepacked_graph.py's."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gemma_deploy.errors import SessionError
+from gemma_deploy.runtime.sessions.prepacked_cache import (
+    DATA_FILE,
+    ENTRY_FILE,
+    MODEL_FILE,
+    PrepackedCache,
+)
+from gemma_deploy.staging import locked
+
+KEY = {"graph_sha256": "aa", "cpu": "one"}
+OTHER = {"graph_sha256": "aa", "cpu": "two"}
+GRAPH = Path("bundle") / "prefill.onnx"
+SIZE_BYTES = 5000
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PrepackedCache:
+    return PrepackedCache(folder=tmp_path / "cache" / "prepacked")
+
+
+def fill(folder: Path) -> str:
+    (folder / MODEL_FILE).write_bytes(b"model")
+    (folder / DATA_FILE).write_bytes(bytes(SIZE_BYTES))
+    return "made"
+
+
+def write(cache: PrepackedCache, key: dict[str, str] | None = None) -> Path:
+    key = KEY if key is None else key
+    assert cache.write(key, fill, source=GRAPH, need_bytes=1) == "made"
+    folder = cache.find(key)
+    assert folder is not None
+    return folder
+
+
+def test_what_was_written_is_found_under_its_key_only(cache: PrepackedCache) -> None:
+    assert cache.find(KEY) is None
+    assert cache.entries() == []
+    folder = write(cache)
+    assert cache.find(dict(reversed(KEY.items()))) == folder
+    assert cache.find(OTHER) is None
+    (entry,) = cache.entries()
+    assert (entry.folder, entry.source) == (folder, str(GRAPH.absolute()))
+    assert entry.size_bytes == sum(path.stat().st_size for path in folder.iterdir()) > SIZE_BYTES
+    assert cache.folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (DATA_FILE, bytes(SIZE_BYTES - 1)),
+        (DATA_FILE, bytes(SIZE_BYTES)),  # another time of change
+        (MODEL_FILE, b"Model"),
+        (ENTRY_FILE, b"{"),
+        (ENTRY_FILE, b"[]"),
+        (ENTRY_FILE, b"\xff"),
+        (ENTRY_FILE, b'{"key": {}}'),
+    ],
+)
+def test_what_is_damaged_is_not_found_and_replaced(
+    name: str, content: bytes, cache: PrepackedCache
+) -> None:
+    folder = write(cache)
+    (folder / name).write_bytes(content)
+    os.utime(folder / name, (1, 1))
+    assert cache.find(KEY) is None
+    assert len(cache.entries()) == 1
+    write(cache)
+
+
+@pytest.mark.parametrize("name", [DATA_FILE, MODEL_FILE, ENTRY_FILE])
+def test_what_is_incomplete_is_not_found_and_replaced(name: str, cache: PrepackedCache) -> None:
+    (write(cache) / name).unlink()
+    assert cache.find(KEY) is None
+    write(cache)
+
+
+def test_another_key_in_its_folder_is_not_taken_for_it(cache: PrepackedCache) -> None:
+    """Names are cut off hashes."""
+    folder = write(cache)
+    record = json.loads((folder / ENTRY_FILE).read_text())
+    (folder / ENTRY_FILE).write_text(json.dumps(record | {"key": OTHER}))
+    assert cache.find(KEY) is None
+
+
+def test_a_failure_leaves_nothing_behind(cache: PrepackedCache) -> None:
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise SessionError("no")
+
+    with pytest.raises(SessionError, match=r"^no$"):
+        cache.write(KEY, fail, source=GRAPH, need_bytes=1)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_one_writes_at_a_time(cache: PrepackedCache) -> None:
+    cache.folder.mkdir(parents=True)
+    with locked(cache.folder) as is_ours:
+        assert is_ours
+        assert cache.write(KEY, fill, source=GRAPH, need_bytes=1) is None
+    assert cache.entries() == []
+
+
+def test_what_another_has_just_written_is_not_written_again(cache: PrepackedCache) -> None:
+    write(cache)
+    assert cache.write(KEY, fill, source=GRAPH, need_bytes=1) is None
+
+
+def test_a_killed_writers_folder_is_removed(cache: PrepackedCache) -> None:
+    left = cache.folder / ".0123.partial-7-89ab"
+    left.mkdir(parents=True)
+    (left / DATA_FILE).write_bytes(b"half")
+    write(cache)
+    assert not left.exists()
+    left.mkdir()
+    cache.clear()
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_the_least_recently_used_make_room(cache: PrepackedCache) -> None:
+    cache = PrepackedCache(folder=cache.folder, max_bytes=3 * SIZE_BYTES)
+    folders = []
+    for number, key in enumerate((KEY, OTHER)):
+        folders.append(write(cache, key))
+        os.utime(folders[-1] / ENTRY_FILE, (number, number))
+    assert cache.find(KEY) == folders[0]  # used again: now the other is the oldest
+    third = write(cache, {"cpu": "three"})
+    assert [entry.folder for entry in cache.entries()] == [third, folders[0]]
+
+
+def test_the_newest_stays_however_large(cache: PrepackedCache) -> None:
+    cache = PrepackedCache(folder=cache.folder, max_bytes=1)
+    write(cache)
+    folder = write(cache, OTHER)
+    assert [entry.folder for entry in cache.entries()] == [folder]
+
+
+def test_clear_removes_everything_and_says_how_much(cache: PrepackedCache) -> None:
+    assert cache.clear() == 0
+    write(cache)
+    write(cache, OTHER)
+    size_bytes = sum(entry.size_bytes for entry in cache.entries())
+    assert cache.clear() == size_bytes > 2 * SIZE_BYTES
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_clear_leaves_what_is_not_of_the_cache(cache: PrepackedCache) -> None:
+    write(cache)
+    (cache.folder / "mine").mkdir()
+    (cache.folder / "mine" / "notes.txt").write_text("keep")
+    cache.clear()
+    assert [path.name for path in cache.folder.iterdir()] == ["mine"]
+
+
+def test_it_is_found_where_nothing_can_be_written(
+    cache: PrepackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(cache)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.find(KEY) == folder
+
+
+def test_a_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = PrepackedCache(folder=tmp_path / "file" / "cache")
+    assert cache.find(KEY) is None
+    assert cache.clear() == 0
+    with pytest.raises(
+        SessionError, match=r"prepacked weights cannot be written: .*Not a directory"
+    ):
+        cache.write(KEY, fill, source=GRAPH, need_bytes=1)
+
+
+def test_too_little_space_is_an_error_before_anything_is_written(
+    cache: PrepackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 6 << 30
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert cache.write(KEY, fill, source=GRAPH, need_bytes=free - (1 << 30)) == "made"
+    message = re.escape(f"needs {free:,} bytes and 1,073,741,824 to spare; {free:,} are free")
+    with pytest.raises(SessionError, match=message):
+        cache.write(OTHER, fill, source=GRAPH, need_bytes=free)
+    assert cache.find(OTHER) is None
