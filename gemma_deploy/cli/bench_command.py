@@ -174,6 +174,8 @@ def command(
     prompt_tokens: tuple[int, ...],
     new_tokens: tuple[int, ...],
     batch_size: tuple[int, ...],
+    against: tuple[Any, ...],
+    checkpoint: Path | None,
     save: Path | None,
     plot: Path | None,
     report_file: Path | None,
@@ -189,11 +191,19 @@ def command(
     for name, path, suffix in (("--plot", plot, ".svg"), ("--report", report_file, ".html")):
         _check_output(name, path, suffix)
     _check_output("--save", save, None)
+    if checkpoint is not None and not against:
+        raise click.UsageError("--checkpoint is what baselines run: name some with --against")
     from gemma_deploy.runtime.benchmark.environment import read_environment
     from gemma_deploy.runtime.benchmark.plan import BenchPlan, sweep
     from gemma_deploy.runtime.benchmark.record import BenchRecord
 
-    plan = BenchPlan(model=bundle, cases=sweep(prompt_tokens, new_tokens, batch_size), **options)
+    plan = BenchPlan(
+        model=bundle,
+        cases=sweep(prompt_tokens, new_tokens, batch_size),
+        against=against,
+        checkpoint=_checkpoint(bundle, checkpoint) if against else None,
+        **options,
+    )
     environment = read_environment(threads=plan.threads, device=plan.device)
     record = BenchRecord(plan, environment, save)
     was_interrupted = _run(plan, record)
@@ -203,6 +213,24 @@ def command(
         _write(report, plot, report_file)
     if was_interrupted:
         raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE)
+
+
+def _checkpoint(bundle: Path, checkpoint: Path | None) -> Path:
+    """Return the checkpoint that baselines run: of the same model, or the model itself."""
+    from gemma_deploy.checkpoint import Checkpoint
+    from gemma_deploy.cli.checks import require_same_model
+    from gemma_deploy.runtime.source import ModelSource
+
+    source = ModelSource.open(bundle)
+    is_checkpoint = source.bundle is None and source.engine is None
+    if checkpoint is None and not is_checkpoint:
+        raise click.UsageError(
+            "--against runs baselines on a checkpoint: give --checkpoint FOLDER, the one that "
+            f"{bundle} was made of"
+        )
+    opened = Checkpoint.open(checkpoint or bundle)
+    require_same_model(bundle, source.config, opened)
+    return opened.folder
 
 
 def _run(plan: "BenchPlan", record: "BenchRecord") -> bool:

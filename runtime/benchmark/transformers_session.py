@@ -57,8 +57,8 @@ class TransformersCache:
 class TransformersSession:
     """Runs transformers' model as its own generation does, but for the loop.
 
-    Attention is scaled_dot_product_attention, logits are computed at the last position only, and
-    nothing records gradients. Rows are of one length and go on together.
+    Attention is what transformers chooses for the model (scaled_dot_product_attention, but for Gemma
+    2), logits are computed at the last position only, and nothing records gradients. Rows are of one length and go on together.
 
     On CUDA it has not run on hardware yet.
 
@@ -103,8 +103,6 @@ class TransformersSession:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint,
                 dtype="auto" if dtype is None else getattr(torch, dtype),
-                attn_implementation="sdpa",
-                device_map=None,
             )
             self._model = model.to(self._torch_device).eval()
         except (OSError, RuntimeError, ValueError) as err:
