@@ -10,13 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
-from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from gemma_deploy.config import CONFIG_FILE, GemmaConfig, ModelType
 
 SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
 """Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TINY_GEMMA = Path(__file__).parents[1] / "samples" / "tiny-gemma"
 _BLOCK_ELEMENTS = 8 << 20
+_ARCHITECTURES: dict[ModelType, str] = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 
 
 def shape_config(shape: str) -> GemmaConfig:
@@ -53,7 +58,9 @@ def write_random_checkpoint(folder: Path, config: GemmaConfig) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for number, start in enumerate(range(0, end, block.nbytes)):
             file.write(np.roll(block, 4099 * number).tobytes()[: end - start])
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    # Others' converters choose by the architecture.
+    text = json.dumps({"architectures": [_ARCHITECTURES[config.model_type]], **config.to_dict()})
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def add_small_tokenizer(folder: Path) -> None:
