@@ -9,6 +9,7 @@ import click
 
 from gemma_deploy.cli.console import emit_json, notice, progress
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.benchmark.plan import BenchPlan
@@ -142,6 +143,7 @@ command with the same file goes on where it stopped.
     metavar="N",
     help="Threads of the CPU kernels, of all contenders. [default: one per core]",
 )
+@prepacked_cache_option
 @click.option(
     "--save",
     type=click.Path(path_type=Path, dir_okay=False),

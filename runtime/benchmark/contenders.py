@@ -74,6 +74,7 @@ def _load_ours(spec: ContenderSpec) -> LoadedContender:
         device=spec.device,
         threads=spec.threads,
         max_seq_len=spec.max_seq_len,
+        prepacked_cache=None if spec.prepacked_cache is None else Path(spec.prepacked_cache),
     )
     backend = natural_backend(source) if spec.backend == "auto" else spec.backend
     # Every backend's session says where it runs, though no caller but this one asks.

@@ -35,6 +35,8 @@ class ContenderSpec:
         threads: Threads of the CPU kernels; None leaves it to the backend.
         dtype: What a baseline computes in; None for the checkpoint's own.
         max_seq_len: The longest KV cache that will be wanted, in tokens.
+        prepacked_cache: Folder of ONNX Runtime's packed weights, as `create_session` takes it;
+            baselines ignore it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ContenderSpec:
     threads: int | None
     dtype: DType | None
     max_seq_len: int
+    prepacked_cache: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,7 @@ class BenchPlan:
         backend: As `create_session` takes it.
         device: The same.
         threads: The same; for every contender.
+        prepacked_cache: The same.
         against: Baselines to run beside it.
         checkpoint: The checkpoint that baselines run; None without any.
         baseline_dtype: What baselines compute in; None for the checkpoint's own.
@@ -73,6 +77,7 @@ class BenchPlan:
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    prepacked_cache: Path | None = None
     against: tuple[Baseline, ...] = ()
     checkpoint: Path | None = None
     baseline_dtype: DType | None = None
@@ -107,6 +112,7 @@ class BenchPlan:
             threads=self.threads,
             dtype=None,
             max_seq_len=self.max_seq_len,
+            prepacked_cache=None if self.prepacked_cache is None else str(self.prepacked_cache),
         )
         baselines = (
             ContenderSpec(
@@ -149,6 +155,7 @@ class BenchPlan:
             "backend": self.backend,
             "device": self.device,
             "threads": self.threads,
+            "prepacked_cache": None if self.prepacked_cache is None else str(self.prepacked_cache),
             "against": list(self.against),
             "baseline_dtype": self.baseline_dtype,
         }
