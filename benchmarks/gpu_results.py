@@ -140,7 +140,9 @@ def best_decode(runs: Sequence[Run]) -> Run | None:
     """Return the run with the fastest decode of the first case; None if nothing was measured."""
 
     def rate(run: Run) -> float:
-        ours = run.report.of(OURS, run.report.cases()[0]) if run.report is not None else None
+        if run.report is None or not run.report.measurements:
+            return 0.0
+        ours = run.report.of(OURS, run.report.cases()[0])
         return 0.0 if ours is None else statistics.median(ours.decode_rates())
 
     return max((run for run in runs if rate(run)), key=rate, default=None)

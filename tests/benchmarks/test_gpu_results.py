@@ -103,6 +103,8 @@ def test_the_fastest_decode() -> None:
 
     assert best_decode([_run(None), slow, fast]) is fast
     assert best_decode([_run(None)]) is None
+    empty = dataclasses.replace(_report(5.0), measurements=())
+    assert best_decode([_run(empty)]) is None
 
 
 def test_the_file_that_is_kept() -> None:
