@@ -63,12 +63,17 @@ class RivalModels:
             SystemExit: The export failed.
         """
         options = shlex.split(export_options)
-        digest = sha256(repr(options).encode())
+        sources = sha256()
         for file in sorted(f for room in _EXPORTER for f in (ROOT / room).rglob("*.py")):
-            digest.update(file.read_bytes())
+            sources.update(file.read_bytes())
+        prefix = f"bundle-{sha256(repr(options).encode()).hexdigest()[:8]}-"
+        name = f"{prefix}{sources.hexdigest()[:8]}"
+        for outdated in self._folder.glob(f"{prefix}*"):
+            if outdated.name != name:
+                shutil.rmtree(outdated)
         checkpoint = self.of("checkpoint")
         return self._kept(
-            f"bundle-{digest.hexdigest()[:12]}",
+            name,
             lambda target: _run([*OURS_COMMAND, "export", checkpoint, "-o", target, *options]),
         )
 
