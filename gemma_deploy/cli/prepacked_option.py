@@ -26,8 +26,8 @@ def prepacked_cache_option(function: Function) -> Function:
         show_envvar=True,
         callback=lambda _context, _parameter, value: cache_folder(value),
         help="Keep a bundle's weights in DIR as this CPU multiplies them: the first load writes them "
-        "(up to three times the size of the bundle's weights, more for 16 bits), later ones are "
-        "quick and processes share them. auto is the user's cache folder; see `gemma-deploy cache`.",
+        "(2 to 3 times the size of the bundle's weights, 5 times if they have 16 bits), later ones "
+        "are quick and processes share them. auto is the user's cache folder; see `gemma-deploy cache`.",
     )(function)
 
 

@@ -27,7 +27,7 @@ _LOGGER: Final = logging.getLogger(__name__)
 _FORMAT: Final = "1"
 _SAVE_PACKED: Final = ("session.save_external_prepacked_constant_initializers", "1")
 _DATA_NAME: Final = ("session.optimized_model_external_initializers_file_name", DATA_FILE)
-# The data holds a tensor as it is multiplied and as it was: 8 and 16-bit weights once each in 32 bits.
+# The data holds each tensor as it was and as it is multiplied: 16-bit weights, in 32 bits, twice.
 _NEED_PER_WEIGHT_BYTE: Final = 5
 _PROBE_DIMS: Final = {"B": 1, "S": 4, "L": 1, "T": 8}
 _FIRST_PROBE_TOKEN: Final = 2
