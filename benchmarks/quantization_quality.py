@@ -57,6 +57,14 @@ VARIANTS = (
     Variant(
         name="int4 gptq, blocks of 64", options=("--int4", "--method", "gptq", "--block-size", "64")
     ),
+    Variant(
+        name="int4 gptq, blocks of 128",
+        options=("--int4", "--method", "gptq", "--block-size", "128"),
+    ),
+    Variant(
+        name="int4 gptq, blocks of 256",
+        options=("--int4", "--method", "gptq", "--block-size", "256"),
+    ),
     Variant(name="auto gptq, 4.5 bits", options=("--auto",), max_bits=4.5),
     Variant(name="auto gptq, 5 bits", options=("--auto",), max_bits=5.0),
 )

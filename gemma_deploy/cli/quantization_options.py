@@ -23,7 +23,7 @@ _SCHEME_HELP: Final = {
     "fp8": "Store matrices in 8-bit floats (E4M3). For TensorRT on compute capability 8.9 or above; "
     "ONNX Runtime widens them when it loads.",
 }
-_BLOCK_SIZES: Final = ("32", "64", "128", "channel")
+_BLOCK_SIZES: Final = ("32", "64", "128", "256", "channel")
 _OPTION_NAMES: Final = (
     *_SCHEME_HELP,
     "block_size",

@@ -27,7 +27,7 @@ StoredDType = Literal["F32", "F16", "BF16", "U8", "I8", "F8_E4M3"]
 """Element types of the weights file, as safetensors spells them."""
 
 SCHEMES: Final[tuple[Scheme, ...]] = get_args(Scheme)
-BLOCK_SIZES: Final = (32, 64, 128)
+BLOCK_SIZES: Final = (32, 64, 128, 256)
 PER_CHANNEL: Final = "channel"
 
 STORED_BYTES: Final[Mapping[StoredDType, int]] = MappingProxyType(

@@ -15,9 +15,9 @@ def test_a_format_is_read_back_from_its_text(text: str) -> None:
     ("text", "message"),
     [
         ("int3", r"no weight format 'int3'; expected one of int4, int8, nf4, fp8, float32"),
-        ("int4/48", r"int4 with a block size of 48; expected 32, 64, 128$"),
-        ("int4/channel", r"int4 with a block size of channel; expected 32, 64, 128$"),
-        ("int8/16", r"int8 with a block size of 16; expected 32, 64, 128, channel"),
+        ("int4/48", r"int4 with a block size of 48; expected 32, 64, 128, 256$"),
+        ("int4/channel", r"int4 with a block size of channel; expected 32, 64, 128, 256$"),
+        ("int8/16", r"int8 with a block size of 16; expected 32, 64, 128, 256, channel"),
         ("int4/many", r"'int4/many' is no weight format; expected e\.g\. int4/64"),
         ("float16/64", r"'float16/64' is no weight format: only int4"),
     ],
