@@ -28,12 +28,15 @@ from gemma_deploy.quantization.support import why_not
 
 Array = npt.NDArray[Any]
 
-FORMATS = ["int4/32", "int4/64", "int8/32", "int8/channel", "nf4/32", "fp8/64", "fp8/channel"]
+FORMATS = [
+    *("int4/32", "int4/64", "int4/256", "int8/32", "int8/256", "int8/channel"),
+    *("nf4/32", "fp8/64", "fp8/channel"),
+]
 PRODUCTS = {"int4": "MatMulNBits", "int8": "MatMulNBits", "nf4": "MatMulBnb4", "fp8": "FusedMatMul"}
 IDS = torch.tensor([[3, 19, 0], [7, 7, 11]])
 NAME = "table"
-# 128 products of activations that are rounded to 1/254 of the largest of a block, about 1.
-ROUNDED = 0.6
+# Up to 256 products of activations that are rounded to 1/254 of the largest of a block, about 1.
+ROUNDED = 1.0
 
 
 class Tied(nn.Module):
@@ -56,7 +59,10 @@ class Written:
         table: float32 [20, K], what the file's codes and scales stand for.
     """
 
-    def __init__(self, folder: Path, weight_format: WeightFormat, num_columns: int = 128) -> None:
+    def __init__(
+        self, folder: Path, weight_format: WeightFormat, num_columns: int | None = None
+    ) -> None:
+        num_columns = num_columns or max(128, weight_format.block_size or 0)
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(20, num_columns, generator=generator)
         weight[4] = 0  # a token that was never trained
@@ -193,7 +199,7 @@ def test_portable_graphs_mean_the_same_to_onnx(text: str, tmp_path: Path) -> Non
 def test_forms_of_a_weight_share_its_bytes(text: str, tmp_path: Path) -> None:
     weight_format = WeightFormat.parse(text)
     written = Written(tmp_path, weight_format)
-    parts = weight_format.parts(NAME, (20, 128))
+    parts = weight_format.parts(NAME, written.table.shape)
     places = {(64, parts[0].size_bytes), (64 + parts[0].size_bytes, parts[1].size_bytes)}
     for lowering in LOWERINGS:
         if why_not(lowering, weight_format):
