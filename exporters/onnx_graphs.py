@@ -16,6 +16,7 @@ from gemma_deploy.checkpoint import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.lowering.lower import lower
 from gemma_deploy.exporters.lowering.quantized_weight import QuantizedWeight
+from gemma_deploy.exporters.passes.inverse_reshapes import drop_inverse_reshapes
 from gemma_deploy.exporters.tracing import ir_dtype
 from gemma_deploy.exporters.weights import StoredTensor, stored_name
 from gemma_deploy.graph_spec import Lowering, Precision, cache_names
@@ -46,6 +47,7 @@ def write_graph(
     _retype_caches(model.graph, config, ir_dtype(precision.cache))
     quantized = _externalize(model.graph, config, weights)
     lower(model, lowering, ir_dtype(precision.activations), quantized)
+    drop_inverse_reshapes(model)
     _tidy(model)
     model.producer_name, model.producer_version = "gemma-deploy", None
     ir.save(model, path)

@@ -10,6 +10,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import onnx_ir as ir
 
@@ -73,6 +74,7 @@ def attention(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Seq
         # Counts the query's own key, as Gemma does; -1 is ONNX Runtime's word for no window.
         local_window_size=attributes.sliding_window or -1,
     )
+    output.shape = _flat_shape(query)
     output = write.op("Reshape", output, write.int64(0, 0, num_heads, -1))  # [B, S, N, H]
     (output,) = cast_all(write, [output], cache_dtype, activations)
     return output, present_key, present_value
@@ -80,4 +82,12 @@ def attention(write: NodeWriter, node: ir.Node, activations: ir.DataType) -> Seq
 
 def _flat(write: NodeWriter, x: ir.Value) -> ir.Value:
     """[B, S, heads, H] -> [B, S, heads * H]."""
-    return write.op("Reshape", x, write.int64(0, 0, -1))
+    flat = write.op("Reshape", x, write.int64(0, 0, -1))
+    flat.shape = _flat_shape(x)
+    return flat
+
+
+def _flat_shape(x: ir.Value) -> ir.Shape:
+    """Return [B, S, heads * H] of a traced [B, S, heads, H]; reshapes that undo others go by it."""
+    batch, tokens, heads, head_dim = cast(ir.Shape, x.shape)
+    return ir.Shape([batch, tokens, cast(int, heads) * cast(int, head_dim)])

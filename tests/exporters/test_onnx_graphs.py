@@ -280,6 +280,21 @@ def test_graphs_pass_the_checker(tiny_bundle: TinyFolders) -> None:
         onnx.checker.check_model(tiny_bundle("gemma2") / f"{phase}.onnx")
 
 
+@pytest.mark.parametrize(
+    ("name", "per_layer", "rotary_bases"), [("gemma1", 0, 1), ("gemma2", 0, 1), ("gemma3", 4, 2)]
+)
+def test_heads_are_split_only_where_something_reads_them(
+    name: str, per_layer: int, rotary_bases: int, tiny_bundle: TinyFolders
+) -> None:
+    """Norms of query and key, as Gemma 3 has them, do; rotation and attention take heads flat."""
+    bundle = tiny_bundle(name)
+    for phase in ("prefill", "decode"):
+        graph = onnx.load(bundle / f"{phase}.onnx", load_external_data=False).graph
+        count = sum(node.op_type == "Reshape" for node in graph.node)
+        num_layers = sum(node.op_type == "GroupQueryAttention" for node in graph.node)
+        assert count <= num_layers * per_layer + 2 * rotary_bases
+
+
 @pytest.mark.parametrize(("name", "windows"), [("gemma2", [8, -1, 8]), ("gemma3", [8, -1, 8])])
 def test_each_layer_attends_by_its_own_rules(
     name: str, windows: list[int], tiny_bundle: TinyFolders
