@@ -29,6 +29,7 @@ def test_a_dense_bundle(text_bundle: Any) -> None:
         ("int4/32", 6, 4.5),
         ("int4/64", 5, 4.25),
         ("int4/128", 4.5, 4.125),
+        ("int4/256", 4.25, 4.0625),
         ("int8/64", 9, 8.25),
         ("fp8/64", 32, 8.25),
         ("nf4/64", 4.25, 4.25),
@@ -40,7 +41,7 @@ def test_what_onnx_runtime_packs(
     source = ModelSource.open(text_bundle("gemma1"))
     assert source.bundle is not None
     matrices = [name for name, shape in expected_tensors(source.config).items() if len(shape) == 2]
-    # Rows of 64 are not divided by 128, but only the export minds.
+    # Rows of 64 are not divided by 128 or 256, but only the export minds.
     weight_format = WeightFormat.parse(text)
     manifest = dataclasses.replace(
         source.bundle.manifest, formats=dict.fromkeys(matrices, weight_format)
@@ -51,7 +52,7 @@ def test_what_onnx_runtime_packs(
     packed = demands_of(quantized, "onnxruntime", "cpu")
     assert packed.weight_format == weight_format
     assert packed.weights_bytes_per_step == (3 * LAYER + HEAD) * packed_bits / 8
-    if weight_format.block_size != 128:
+    if weight_format.block_size not in (128, 256):
         # On a GPU scales are float16 as stored, and there are no sums.
         stored = demands_of(quantized, "onnxruntime", "cuda")
         assert stored.weights_bytes_per_step == (3 * LAYER + HEAD) * stored_bits / 8
