@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from gemma_deploy.errors import ExportError, SessionError
+from gemma_deploy.errors import ExportError, OutputExistsError, SessionError
 from gemma_deploy.file_records import sha256_of
 from gemma_deploy.staging import locked, staged_folder
 
@@ -23,8 +24,9 @@ ENTRY_FILE: Final = "entry.json"
 DEFAULT_MAX_BYTES: Final = 20 << 30
 
 _NAME_CHARACTERS: Final = 32
-# Folders that are being written or removed; see `staged_folder`.
-_HIDDEN: Final = "."
+# Whatever else lies in the folder is the user's: it may be one that holds more than the cache.
+_ENTRY_NAME: Final = re.compile(rf"[0-9a-f]{{{_NAME_CHARACTERS}}}")
+_LEFTOVER_NAME: Final = re.compile(rf"\.{_ENTRY_NAME.pattern}\.partial-.+")  # see `staged_folder`
 _FREE_SPACE_RESERVE: Final = 1 << 30
 
 
@@ -110,7 +112,7 @@ class PrepackedCache:
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(self.folder) as is_ours:
+            with locked(self.folder.resolve()) as is_ours:  # a link cannot be locked
                 # Someone else may have finished it since it was looked for.
                 if not is_ours or self.find(key) is not None:
                     return None
@@ -122,7 +124,7 @@ class PrepackedCache:
                     made = make(staging)
                     _write_record(staging, key, source)
                 self._trim(keep=folder)
-        except (OSError, ExportError) as err:
+        except (OSError, ExportError, OutputExistsError) as err:
             raise SessionError(
                 f"the cache {self.folder} of prepacked weights cannot be written: {err}"
             ) from err
@@ -143,7 +145,7 @@ class PrepackedCache:
         for entry in entries:
             _remove(entry.folder)
         if self.folder.is_dir():
-            with locked(self.folder) as is_ours:
+            with locked(self.folder.resolve()) as is_ours:
                 if is_ours:
                     self._remove_leftovers()
         return sum(x.size_bytes for x in entries if not x.folder.exists())
@@ -154,7 +156,7 @@ class PrepackedCache:
 
     def _folders(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
-            yield from (x for x in self.folder.iterdir() if not x.name.startswith(_HIDDEN))
+            yield from (x for x in self.folder.iterdir() if _ENTRY_NAME.fullmatch(x.name))
 
     def _check_space(self, need_bytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -167,8 +169,9 @@ class PrepackedCache:
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed process left; whoever writes holds the lock, and we hold it."""
-        for path in self.folder.glob(f"{_HIDDEN}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if _LEFTOVER_NAME.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _trim(self, *, keep: Path) -> None:
         entries = self.entries()

@@ -117,7 +117,7 @@ def test_what_another_has_just_written_is_not_written_again(cache: PrepackedCach
 
 
 def test_a_killed_writers_folder_is_removed(cache: PrepackedCache) -> None:
-    left = cache.folder / ".0123.partial-7-89ab"
+    left = cache.folder / f".{'0' * 32}.partial-7-89ab"
     left.mkdir(parents=True)
     (left / DATA_FILE).write_bytes(b"half")
     write(cache)
@@ -157,9 +157,29 @@ def test_clear_removes_everything_and_says_how_much(cache: PrepackedCache) -> No
 def test_clear_leaves_what_is_not_of_the_cache(cache: PrepackedCache) -> None:
     write(cache)
     (cache.folder / "mine").mkdir()
-    (cache.folder / "mine" / "notes.txt").write_text("keep")
+    (cache.folder / "mine" / ENTRY_FILE).write_text("keep")
+    (cache.folder / ".git").mkdir()
+    write(cache, OTHER)
     cache.clear()
-    assert [path.name for path in cache.folder.iterdir()] == ["mine"]
+    assert sorted(path.name for path in cache.folder.iterdir()) == [".git", "mine"]
+    assert (cache.folder / "mine" / ENTRY_FILE).is_file()
+
+
+def test_a_link_to_a_folder_is_as_good(cache: PrepackedCache, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    cache.folder.parent.mkdir()
+    cache.folder.symlink_to(tmp_path / "elsewhere")
+    write(cache)
+    cache.clear()
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_a_strangers_file_in_an_entrys_place_is_an_error(cache: PrepackedCache) -> None:
+    folder = write(cache)
+    shutil.rmtree(folder)
+    folder.write_text("mine")
+    with pytest.raises(SessionError, match=r"cannot be written: .* exists and is not a folder"):
+        cache.write(KEY, fill, source=GRAPH, need_bytes=1)
 
 
 def test_it_is_found_where_nothing_can_be_written(
