@@ -132,6 +132,8 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--folder", type=Path, default=ROOT / "build" / "rivals", help="models (build/rivals)")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where files go")
     args = parser.parse_args(words)
+    if not args.results.is_dir():
+        parser.error(f"--results {args.results} is not a folder: make it, or give another")
     args.shape = list(dict.fromkeys(args.shape or ["g270m"]))
     args.rival = list(dict.fromkeys(args.rival or RIVALS))
     # Not resolve(): a virtual environment's Python is a link, and what it is depends on its place.
@@ -153,8 +155,10 @@ def _run(args: argparse.Namespace, command: str) -> dict[str, list[object]]:
     """Measure every shape and return everything, for programs."""
     found: dict[str, list[object]] = {}
     for shape in args.shape:
-        reports = [measure(args, shape, prompt_tokens) for prompt_tokens in args.prompt_tokens]
-        for report in reports:
+        reports = []
+        for prompt_tokens in args.prompt_tokens:
+            report = measure(args, shape, prompt_tokens)
+            reports.append(report)
             print_report(report)
             emit_columns(memory_rows(report), title="Our memory and load time beside theirs")
             print(f"{BANDWIDTH}: {report.environment[BANDWIDTH]}")

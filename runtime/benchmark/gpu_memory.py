@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterable
 from typing import Final
 
+from gemma_deploy.cuda_driver import pci_bus_id
+
 _MIB: Final = 1 << 20
 _TIMEOUT_S: Final = 20
 
@@ -26,8 +28,9 @@ def sum_of_process(lines: Iterable[str], pid: int) -> int | None:
 
 
 def free_gpu_bytes(index: int) -> int | None:
-    """Return a GPU's free memory; None where nobody tells."""
-    lines = _nvidia_smi("--query-gpu=memory.free", f"--id={index}")
+    """Return the free memory of a GPU, as CUDA counts them here; None where nobody tells."""
+    bus_id = pci_bus_id(index)
+    lines = None if bus_id is None else _nvidia_smi("--query-gpu=memory.free", f"--id={bus_id}")
     return int(lines[0]) * _MIB if lines and lines[0].strip().isdigit() else None
 
 

@@ -103,9 +103,9 @@ class _Sweep:
         while (done := self._record.num_rounds(case)) < self._plan.rounds:
             self._on_progress(str(case), done, self._plan.rounds)
             self._record.add_round(case, self._round(case, done))
+            for worker in self._workers:
+                self._record.add_contender(worker.contender)
         self._on_progress(str(case), self._plan.rounds, self._plan.rounds)
-        for worker in self._workers:
-            self._record.add_contender(worker.contender)
 
     def _measure_machine(self, source: ModelSource, device: Device) -> None:
         stage = "measuring the machine"

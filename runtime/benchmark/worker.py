@@ -5,6 +5,7 @@ answers each with one line on stdout; `gemma_deploy.runtime.benchmark.worker_pro
 end. It lives no longer than its parent: when stdin ends, so does it.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -70,7 +71,8 @@ def _memory(device: str) -> dict[str, int | None]:
 def _offer_to_out_of_memory_killer(spec: ContenderSpec) -> None:
     """Let the system kill a contender rather than the program, and a baseline rather than ours."""
     score = Path("/proc/self/oom_score_adj")
-    if score.is_file():
+    # A container may forbid it, or start its processes with a higher score that they may not lower.
+    with contextlib.suppress(OSError):
         score.write_text("300" if spec.name == OURS else "600", encoding="ascii")
 
 
