@@ -43,7 +43,13 @@ class TorchCache:
         return self.static.max_seq_len
 
     def rows(self, start: int, stop: int) -> "TorchCache":
-        """Return rows start, ..., stop - 1, in the same memory."""
+        """Return rows start, ..., stop - 1, in the same memory; the cache itself if these are all.
+
+        CUDA graphs hold on to the cache's own tensors: through others, even of the same memory, a
+        compiled step would run without them.
+        """
+        if (start, stop) == (0, self.batch_size):
+            return self
         part = copy.copy(self.static)
         part.keys = [key[start:stop] for key in self.static.keys]
         part.values = [value[start:stop] for value in self.static.values]

@@ -81,3 +81,12 @@ def test_transformers_takes_a_whole_cache_only(text_checkpoint: Any) -> None:
     assert (cache.rows(0, 2), cache.batch_size, cache.max_seq_len) == (cache, 2, CACHE)
     with pytest.raises(SessionError, match="rows 0 to 0 of a cache of 2: transformers' cache can"):
         cache.rows(0, 1)
+
+
+def test_a_compiled_step_gets_the_tensors_that_were_marked_for_cuda_graphs(
+    text_checkpoint: Any,
+) -> None:
+    session = CompiledTorchSession(text_checkpoint("gemma1"), device=Device(kind="cpu"))
+    cache = session.new_cache(2, CACHE)
+    assert cache.rows(0, 2) is cache
+    assert cache.rows(0, 1).batch_size == 1
