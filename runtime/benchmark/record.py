@@ -23,6 +23,8 @@ from gemma_deploy.runtime.benchmark.results import (
 )
 
 _FORMAT_VERSION: Final = 1
+# Facts of the environment that change from day to day without changing what is measured.
+_PASSING: Final = ("date", "clock", "system")
 
 
 class BenchRecord:
@@ -48,13 +50,27 @@ class BenchRecord:
         """
         self.roofline: Roofline | None = None
         self._plan = plan
-        self._environment = environment
+        self._environment = self._here = environment
         self._file = file
         self._contenders: dict[str, Contender] = {}
         self._rounds: dict[BenchCase, list[dict[str, RoundTimes]]] = {}
         self._is_begun = file is not None and file.exists() and file.stat().st_size > 0
         if file is not None and self._is_begun:
             self._read(file)
+
+    def require_same_environment(self) -> None:
+        """Refuse to add rounds to those that were measured elsewhere: figures of both mean nothing.
+
+        Raises:
+            RequestError: The machine or a package is another than the file says.
+        """
+        for name in sorted(self._environment.keys() | self._here.keys()):
+            known, here = self._environment.get(name), self._here.get(name)
+            if known != here and not any(part in name for part in _PASSING):
+                raise RequestError(
+                    f"{self._file} was measured with another {name}: {known} then, {here} here. Name "
+                    "another file, or remove this one to begin anew"
+                )
 
     def num_rounds(self, case: BenchCase) -> int:
         """Return how many rounds of a case are there."""

@@ -47,7 +47,8 @@ def run_sweep(
 
     Raises:
         BackendUnavailableError: A baseline is not installed; nothing has run then.
-        RequestError: A case is longer than the model is made for; nothing has run then.
+        RequestError: A case is longer than the model is made for, or the record was begun on another
+            machine; nothing has run then.
         GemmaDeployError: The model itself cannot be loaded or run.
     """
     check_installed(plan.against)
@@ -55,6 +56,7 @@ def run_sweep(
     missing = [case for case in plan.cases if record.num_rounds(case) < plan.rounds]
     if not missing:
         return
+    record.require_same_environment()
     with contextlib.ExitStack() as stack:
         sweep = _Sweep(plan, record, on_progress, on_notice, stack)
         sweep.load(source)

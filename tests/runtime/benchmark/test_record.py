@@ -65,6 +65,15 @@ def test_what_the_file_gives_back_is_what_was_measured(plan: BenchPlan, file: Pa
     ]
 
 
+def test_rounds_of_another_machine_are_shown_but_not_added_to(plan: BenchPlan, file: Path) -> None:
+    filled(plan, file)
+    for passing in ({}, {"date": "today", "CPU clock": "9 MHz"}):
+        BenchRecord(plan, ENVIRONMENT | passing, file).require_same_environment()
+    upgraded = BenchRecord(plan, ENVIRONMENT | {"onnxruntime": "2"}, file)
+    with pytest.raises(RequestError, match="another onnxruntime: None then, 2 here"):
+        upgraded.require_same_environment()
+
+
 def test_peaks_never_shrink_when_it_goes_on(plan: BenchPlan, file: Path) -> None:
     filled(plan, file)
     again = BenchRecord(plan, ENVIRONMENT, file)
