@@ -14,7 +14,7 @@ DEMO_BUNDLE := build/demo-bundle
 help:
 	@echo "make demo       export the small model and generate text with it"
 	@echo "make test       run the tests"
-	@echo "make gpu        on a machine with a GPU: the tests that need one, and the attention benchmark"
+	@echo "make gpu        on a machine with a GPU: the tests that need one, and the benchmarks (40 GB of disk)"
 	@echo "make check      lint, types, contracts, wheel and tests: all that CI runs"
 	@echo "make lint | types | contracts | wheel"
 	@echo "make clean      remove .venv and build/"
@@ -38,6 +38,7 @@ test: setup
 gpu: setup
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python -m benchmarks.gpu
 
 lint: setup
 	$(BIN)/ruff format --check

@@ -33,7 +33,7 @@ class MachineRates:
 
 
 def measure_rates(weight_format: WeightFormat, device: Device, threads: int | None) -> MachineRates:
-    """Measure, in about two seconds.
+    """Measure, in about three seconds.
 
     Args:
         weight_format: What the weights of the product are in.
