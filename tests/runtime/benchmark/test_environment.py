@@ -1,4 +1,5 @@
 import datetime as dt
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ class TestOnThisMachine:
     def test_everything_is_text(self) -> None:
         found = read_environment(threads=3, device="cpu")
 
-        assert all(isinstance(x, str) and x for pair in found.items() for x in pair)
+        assert {type(x) for pair in found.items() for x in pair} == {str}
+        assert all(found.values())
 
     def test_versions_are_those_of_the_modules(self) -> None:
         import torch
@@ -74,7 +76,7 @@ class TestGpu:
         gpus = (Gpu(name="other", compute_capability=(7, 5), memory_bytes=1 << 30), GPU)
         monkeypatch.setattr(environment, "read_driver", lambda: ("12.4", gpus))
         monkeypatch.setattr(environment, "pci_bus_id", lambda index: f"0000:0{index}:00.0")
-        monkeypatch.setattr(environment.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
 
     def test_the_chosen_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         commands: list[list[str]] = []
