@@ -333,7 +333,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     )
     assert (tmp_path / "w").stat().st_size > 320e6
     (tmp_path / "w").unlink()
-    assert int(done.stdout) < 150e6
+    assert int(done.stdout) < 200e6
 
 
 def _write_sparse_checkpoint(folder: Path, config: GemmaConfig) -> None:

@@ -164,15 +164,19 @@ class TestNothingIsLeft:
         assert not (bundle_copy.folder / "engines").exists()
 
     def test_when_the_build_is_killed(self, bundle_copy: Bundle, rtx_options: Options) -> None:
+        others = _children()
+
         def kill_child(stage: str, *_: int) -> None:
             if stage == "building the engine":
-                (child,) = _children()
+                (child,) = _children() - others
                 os.kill(child, signal.SIGKILL)
 
         with pytest.raises(EngineBuildError, match=r"was killed \(SIGKILL\), .* memory runs out"):
             build_engine(bundle_copy, rtx_options(), on_progress=kill_child)
 
     def test_when_it_is_interrupted(self, bundle_copy: Bundle, rtx_options: Options) -> None:
+        others = _children()
+
         def interrupt(stage: str, *_: int) -> None:
             if stage == "building the engine":
                 assert len(_partial_folders(bundle_copy)) == 1
@@ -180,7 +184,7 @@ class TestNothingIsLeft:
 
         with pytest.raises(KeyboardInterrupt):
             build_engine(bundle_copy, rtx_options(), on_progress=interrupt)
-        assert _children() == []
+        assert _children() <= others
 
     def test_when_the_disk_is_full(self, bundle_copy: Bundle, rtx_options: Options) -> None:
         old_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -200,13 +204,13 @@ class TestNothingIsLeft:
             build_engine(bundle_copy, rtx_options())
 
 
-def _children() -> list[int]:
-    """Return the processes this one started, as Linux tells."""
-    return [
+def _children() -> set[int]:
+    """Return the processes this one started, as Linux tells; torch's compiler keeps some for later."""
+    return {
         int(pid)
         for path in Path("/proc/self/task").glob("*/children")
         for pid in path.read_text().split()
-    ]
+    }
 
 
 def _replace_graph(bundle: Bundle, old: bytes, new: bytes) -> Bundle:
