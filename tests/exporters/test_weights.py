@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -328,12 +329,17 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     )  # fmt: skip
     _write_sparse_checkpoint(tmp_path, config)
     arguments = [str(tmp_path), str(tmp_path / "w")]
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE_GROWTH, *arguments], check=True, capture_output=True
+    # What is freed goes back at once: else glibc keeps more or less of it as it learns.
+    environment = os.environ | dict.fromkeys(
+        ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1048576"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE_GROWTH, *arguments],
+        check=True, capture_output=True, env=environment,
+    )  # fmt: skip
     assert (tmp_path / "w").stat().st_size > 320e6
     (tmp_path / "w").unlink()
-    assert int(done.stdout) < 200e6
+    assert int(done.stdout) < 150e6
 
 
 def _write_sparse_checkpoint(folder: Path, config: GemmaConfig) -> None:

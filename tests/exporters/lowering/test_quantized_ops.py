@@ -35,8 +35,8 @@ FORMATS = [
 PRODUCTS = {"int4": "MatMulNBits", "int8": "MatMulNBits", "nf4": "MatMulBnb4", "fp8": "FusedMatMul"}
 IDS = torch.tensor([[3, 19, 0], [7, 7, 11]])
 NAME = "table"
-# Up to 256 products of activations that are rounded to 1/254 of the largest of a block, about 1.
-ROUNDED = 1.0
+# 128 products of activations that are rounded to 1/254 of the largest of a block, about 1; and 256.
+ROUNDED, ROUNDED_256 = 0.6, 1.0
 
 
 class Tied(nn.Module):
@@ -73,6 +73,11 @@ class Written:
         (folder / "weights").write_bytes(b"\xff" * 64 + codes + quantized.scales.numpy().tobytes())
         self._folder, self._format = folder, weight_format
         self._parts = weight_format.parts(NAME, tuple(weight.shape))
+
+    @property
+    def rounded(self) -> float:
+        """How far kernels that round activations may be off."""
+        return ROUNDED if self.table.shape[1] <= 128 else ROUNDED_256
 
     def lowered(self, lowering: Lowering, activations: DType = "float32") -> onnx.ModelProto:
         """Return the graph of `Tied` over the file, as text that still points at it."""
@@ -132,7 +137,9 @@ def test_every_lowering_means_the_dequantized_weights(text: str, tmp_path: Path)
         found = written.run(model)
         np.testing.assert_allclose(found[0], rows, rtol=0, atol=1e-6)
         is_rounded = "MatMulNBits" in op_types(model)
-        np.testing.assert_allclose(found[1], product, rtol=0, atol=ROUNDED if is_rounded else 1e-4)
+        np.testing.assert_allclose(
+            found[1], product, rtol=0, atol=written.rounded if is_rounded else 1e-4
+        )
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -146,7 +153,7 @@ def test_float16_graphs(text: str, tmp_path: Path) -> None:
         found = written.run(written.lowered(lowering, "float16"))
         assert [x.dtype for x in found] == [np.float16] * 2
         np.testing.assert_allclose(found[0], rows, rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(found[1], product, rtol=0, atol=ROUNDED)
+        np.testing.assert_allclose(found[1], product, rtol=0, atol=written.rounded)
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -181,7 +188,9 @@ def test_rows_of_one_scale_that_kernels_cut_or_not(
     written = Written(tmp_path, WeightFormat("int8"), num_columns)
     model = written.lowered("onnxruntime")
     assert product in op_types(model)
-    np.testing.assert_allclose(written.run(model)[1], written.wanted()[1], rtol=0, atol=ROUNDED)
+    np.testing.assert_allclose(
+        written.run(model)[1], written.wanted()[1], rtol=0, atol=written.rounded
+    )
 
 
 @pytest.mark.parametrize("text", FORMATS)
