@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import Tensor
 
 from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE
 from gemma_deploy.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ class BundlePlan:
         precision: Dtypes of what is not quantized.
         lowerings: What graphs are written for.
         tensors: What the weights file holds.
-        prepared: Files of the tensors that calibration has made, by name (`write_weights`).
+        prepared: What calibration has made, by name (`write_weights`).
         method: What found the codes of quantized matrices; None without any.
         scaling: What weights are divided by; None for nothing.
         overflow: Why; None where nothing computes in float16.
@@ -58,7 +59,7 @@ class BundlePlan:
     precision: Precision
     lowerings: tuple[Lowering, ...]
     tensors: tuple[StoredTensor, ...]
-    prepared: Mapping[str, Path]
+    prepared: Mapping[str, Path | Tensor]
     method: str | None
     scaling: ResidualScaling | None
     overflow: OverflowReport | None

@@ -7,18 +7,19 @@ from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.bundle_files import BundlePlan, OnProgress, write_bundle
+from gemma_deploy.exporters.calibration.cache_scales import measured_cache_scales
 from gemma_deploy.exporters.export_checks import (
     check_config,
     check_nothing_else_is_replaced,
     choose_lowerings,
     require_space,
 )
-from gemma_deploy.exporters.preflight import preflight
+from gemma_deploy.exporters.preflight import preflight, preflight_rows
 from gemma_deploy.exporters.quantization.automatic import candidates_of
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
 from gemma_deploy.exporters.quantization.prepare import PreparedWeights, prepare
-from gemma_deploy.exporters.weights import plan_weights
-from gemma_deploy.graph_spec import DType, Lowering, Precision
+from gemma_deploy.exporters.weights import plan_cache_scales, plan_weights
+from gemma_deploy.graph_spec import CacheDType, DType, Lowering, Precision
 from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.staging import check_replaceable, staged_folder
@@ -30,7 +31,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
     output: Path,
     *,
     dtype: DType | None = None,
-    cache_dtype: DType | None = None,
+    cache_dtype: CacheDType | None = None,
     graphs: Iterable[Lowering] | None = None,
     quantization: QuantizationOptions | None = None,
     calibration_text: str | None = None,
@@ -51,6 +52,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             bfloat16); norms and logits are float32. With `quantization` what graphs compute in;
             None then means float32, and float16 on TensorRT.
         cache_dtype: What the KV cache holds, but on TensorRT; None for what graphs compute in.
+            Scales of int8 are measured on the text, and portable graphs do without it.
         graphs: Lowerings to write graphs of; those for ONNX Runtime are always written. None adds
             those for TensorRT, unless no engine can have them: in float32, or with nf4 weights.
         quantization: What matrices to quantize, and how; None for none.
@@ -90,6 +92,11 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             "--method awq, --method gptq and --auto calibrate, and --no-calibration forbids it: drop "
             "one of them"
         )
+    if precision.cache == "int8" and not is_calibrated:
+        raise RequestError(
+            "--cache-dtype int8 measures its scales on a text, and --no-calibration forbids it: drop "
+            "one of them"
+        )
     lowerings = choose_lowerings(graphs, precision, formats)
     with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
         overflow = preflight(
@@ -120,12 +127,17 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
                 folder=place.with_name(f"{place.name}.calibration"),
                 on_progress=on_progress,
             )
+        scales = {}
+        if precision.cache == "int8":
+            rows = preflight_rows(source, tokenizer, calibration_text)
+            scales = measured_cache_scales(source, rows, on_progress)
         plan = BundlePlan(
             source=source,
             precision=precision,
             lowerings=lowerings,
-            tensors=plan_weights(source, precision, weights.formats, scaling),
-            prepared=weights.prepared,
+            tensors=plan_weights(source, precision, weights.formats, scaling)
+            + plan_cache_scales(scales, scaling),
+            prepared={**weights.prepared, **scales},
             method=weights.method,
             scaling=scaling,
             overflow=overflow,

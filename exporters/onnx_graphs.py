@@ -16,11 +16,13 @@ from gemma_deploy.checkpoint import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.lowering.lower import lower
 from gemma_deploy.exporters.lowering.quantized_weight import QuantizedWeight
+from gemma_deploy.exporters.lowering.traced_ops import ATTENTION, DOMAIN, inputs_of
 from gemma_deploy.exporters.passes.inverse_reshapes import drop_inverse_reshapes
 from gemma_deploy.exporters.tracing import ir_dtype
 from gemma_deploy.exporters.weights import StoredTensor, stored_name
-from gemma_deploy.graph_spec import Lowering, Precision, cache_names
+from gemma_deploy.graph_spec import Lowering, Precision, cache_names, cache_scale_names
 from gemma_deploy.model.rotary import inverse_frequencies
+from gemma_deploy.ops.static_cache_attention import INPUTS
 
 _FREQUENCIES = "frequencies."
 
@@ -46,6 +48,8 @@ def write_graph(
     model = traced.clone()
     _retype_caches(model.graph, config, ir_dtype(precision.cache))
     quantized = _externalize(model.graph, config, weights)
+    if precision.cache == "int8":
+        _give_cache_scales(model.graph, config, weights)
     lower(model, lowering, ir_dtype(precision.activations), quantized)
     drop_inverse_reshapes(model)
     _tidy(model)
@@ -60,6 +64,33 @@ def _retype_caches(graph: ir.Graph, config: GemmaConfig, dtype: ir.DataType) -> 
     for value in (*graph.inputs, *graph.outputs):
         if value.name in names:
             value.dtype = dtype
+
+
+def _give_cache_scales(
+    graph: ir.Graph, config: GemmaConfig, weights: Mapping[str, tuple[StoredTensor, int]]
+) -> None:
+    """Make the scales of int8 caches inputs of the traced attention, behind those it was traced with."""
+    of_cache = {cache_names(x)[0][0]: cache_scale_names(x) for x in range(config.num_hidden_layers)}
+    for node in graph:
+        if (node.domain, node.op_type) != (DOMAIN, ATTENTION):
+            continue
+        key_cache = inputs_of(node)[INPUTS.index("key_cache")]
+        num_inputs = len(node.inputs)
+        scales = [_initializer(*weights[name]) for name in of_cache[str(key_cache.name)]]
+        node.resize_inputs(num_inputs + len(scales))
+        for index, scale in enumerate(scales, num_inputs):
+            graph.register_initializer(scale)
+            node.replace_input_with(index, scale)
+
+
+def _initializer(stored: StoredTensor, offset: int) -> ir.Value:
+    constant = _external(stored, offset)
+    return ir.Value(
+        name=constant.name,
+        const_value=constant,
+        type=ir.TensorType(constant.dtype),
+        shape=ir.Shape(constant.shape.numpy()),
+    )
 
 
 def _externalize(

@@ -54,7 +54,7 @@ def preflight(  # noqa: PLR0913  # all that it depends on
     if all("float16" not in (x.activations, x.cache) for x in used):
         return None
     if is_calibrated:
-        rows = _rows(checkpoint, tokenizer, text)
+        rows = preflight_rows(checkpoint, tokenizer, text)
         report = measured_overflow(checkpoint, rows, on_progress, formats)
     else:
         report = bounded_overflow(checkpoint, on_progress, formats)
@@ -62,7 +62,14 @@ def preflight(  # noqa: PLR0913  # all that it depends on
     return report
 
 
-def _rows(checkpoint: Checkpoint, tokenizer: GemmaTokenizer | None, text: str | None) -> Tensor:
+def preflight_rows(
+    checkpoint: Checkpoint, tokenizer: GemmaTokenizer | None, text: str | None
+) -> Tensor:
+    """Return what a model reads to find its peaks, int64 [R, S]; random tokens without a tokenizer.
+
+    Raises:
+        RequestError: The text is too short.
+    """
     if tokenizer is not None:
         return token_rows(
             tokenizer,

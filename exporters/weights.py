@@ -30,7 +30,7 @@ _DATA_ALIGNMENT_BYTES = 4096
 # Several copies of a block live at once (as read, checked, cast); larger ones are not faster.
 _BLOCK_BYTES = 16 << 20
 _NO_FORMATS: Final[Mapping[str, WeightFormat]] = MappingProxyType({})
-_NOTHING_PREPARED: Final[Mapping[str, Path]] = MappingProxyType({})
+_NOTHING_PREPARED: Final[Mapping[str, "Path | Tensor"]] = MappingProxyType({})
 _TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -44,7 +44,7 @@ class StoredTensor:
 
     Attributes:
         name: Its name, in the file and as initializer of the graphs.
-        source: The checkpoint's tensor it is made from.
+        source: The checkpoint's tensor it is made from; its own name if it is calibration's alone.
         format: What it is stored in.
         shape: As in the checkpoint; matrices are [out, in].
         is_norm: Whether it is a norm's weight w, stored as 1 + w.
@@ -130,6 +130,28 @@ def plan_weights(
     return tuple(plan)
 
 
+def plan_cache_scales(
+    scales: Mapping[str, Tensor], scaling: ResidualScaling | None
+) -> tuple[StoredTensor, ...]:
+    """Return how the weights file holds the scales of an int8 cache: as they are, in float32.
+
+    Args:
+        scales: From `measured_cache_scales`, which knows of no divisors.
+        scaling: What values are divided by; None for nothing.
+    """
+    return tuple(
+        StoredTensor(
+            name=name,
+            source=name,
+            format=WeightFormat("float32"),
+            shape=tuple(scale.shape),
+            is_norm=False,
+            divisor=1.0 if scaling is None else scaling.cache_divisor(name),
+        )
+        for name, scale in scales.items()
+    )
+
+
 def _dense(name: str, shape: tuple[int, ...], precision: Precision) -> DType:
     if is_norm(name):
         return "float32"
@@ -141,7 +163,7 @@ def write_weights(
     plan: Sequence[StoredTensor],
     path: Path,
     on_bytes: Callable[[int], object] = lambda _: None,
-    prepared: Mapping[str, Path] = _NOTHING_PREPARED,
+    prepared: Mapping[str, Path | Tensor] = _NOTHING_PREPARED,
 ) -> WeightsFile:
     """Stream a checkpoint's tensors into a safetensors file, hashing it on the way.
 
@@ -150,8 +172,8 @@ def write_weights(
         plan: What to write.
         path: The file to create.
         on_bytes: Called with the number of bytes written since the last call.
-        prepared: Safetensors files with the parts of tensors that calibration has made, by the name
-            of the tensor; they are not yet divided by its divisor.
+        prepared: What calibration has made, by the name of the tensor, not yet divided by its
+            divisor: the tensor, or a safetensors file with its parts.
 
     Raises:
         CheckpointError: A weight is not finite, or the checkpoint cannot be read.
@@ -208,9 +230,12 @@ def _header(plan: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
 
 
 def _blocks(
-    checkpoint: Checkpoint, tensor: StoredTensor, prepared: Path | None
+    checkpoint: Checkpoint, tensor: StoredTensor, prepared: Path | Tensor | None
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield blocks of rows of a tensor's parts."""
+    if isinstance(prepared, Tensor):
+        yield (prepared / tensor.divisor,)
+        return
     if prepared is not None:
         yield from _prepared_blocks(tensor, prepared)
         return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gemma_deploy.engine import EngineFolder
     from gemma_deploy.exporters.engine import BuildOptions
     from gemma_deploy.exporters.quantization.options import QuantizationOptions
-    from gemma_deploy.graph_spec import DType, Lowering
+    from gemma_deploy.graph_spec import CacheDType, DType, Lowering
     from gemma_deploy.runtime.pipeline import TextGenerationPipeline
     from gemma_deploy.runtime.text_generator import TextGenerator
     from gemma_deploy.tensorrt import Flavour
@@ -27,7 +27,7 @@ def export(  # noqa: PLR0913  # a keyword for each decision
     output: str | Path,
     *,
     dtype: DType | None = None,
-    cache_dtype: DType | None = None,
+    cache_dtype: CacheDType | None = None,
     graphs: Iterable[Lowering] | None = None,
     quantization: QuantizationOptions | None = None,
     calibration_text: str | Path | None = None,
@@ -43,6 +43,7 @@ def export(  # noqa: PLR0913  # a keyword for each decision
         dtype: `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own. With
             `quantization` what to compute in; None then means float32, and float16 on TensorRT.
         cache_dtype: What the KV cache holds, but on TensorRT; None for what graphs compute in.
+            `int8` has its scales measured on the text.
         graphs: What to write graphs for: any of `onnxruntime` (always written), `tensorrt` and
             `portable` (standard ONNX operators only). None means `onnxruntime` and, unless no
             engine can have them (in float32, or with nf4 weights), `tensorrt`.
@@ -62,11 +63,14 @@ def export(  # noqa: PLR0913  # a keyword for each decision
         ExportError: `output` cannot be written, or the export failed.
     """
     from gemma_deploy.exporters.export import export_checkpoint
-    from gemma_deploy.graph_spec import DTYPE_BYTES, LOWERINGS
+    from gemma_deploy.graph_spec import CACHE_DTYPE_BYTES, DTYPE_BYTES, LOWERINGS
 
-    for name, given in (("dtype", dtype), ("cache_dtype", cache_dtype)):
-        if given is not None and given not in DTYPE_BYTES:
-            raise RequestError(f"{name} is {given!r}; expected {', '.join(DTYPE_BYTES)}, or None")
+    for name, given, known in (
+        ("dtype", dtype, tuple(DTYPE_BYTES)),
+        ("cache_dtype", cache_dtype, tuple(CACHE_DTYPE_BYTES)),
+    ):
+        if given is not None and given not in known:
+            raise RequestError(f"{name} is {given!r}; expected {', '.join(known)}, or None")
     if graphs is not None:
         graphs = tuple(graphs)
         for name in graphs:

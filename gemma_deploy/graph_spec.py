@@ -7,6 +7,7 @@ Dims are letters (symbolic) or numbers: B batch, S tokens this step, L positions
 asked for, T cache capacity; K, H and V are numbers of the model.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,11 +16,14 @@ from gemma_deploy.config import GemmaConfig
 Phase = Literal["prefill", "decode"]
 Lowering = Literal["onnxruntime", "tensorrt", "portable"]
 DType = Literal["float32", "float16", "bfloat16"]
+CacheDType = DType | Literal["int8"]
+"""int8: each channel of a key or value is divided by a scale of its own, and rounded."""
 Dim = int | str
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+CACHE_DTYPE_BYTES: dict[CacheDType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 INPUT_IDS = "input_ids"
 INPUT_POS = "input_pos"
@@ -80,10 +84,10 @@ class Precision:
 
     weights: DType
     activations: DType
-    cache: DType
+    cache: CacheDType
 
     @classmethod
-    def of(cls, dtype: DType, cache: DType | None = None) -> "Precision":
+    def of(cls, dtype: DType, cache: CacheDType | None = None) -> "Precision":
         """Return the precision that `export --dtype` means.
 
         ONNX Runtime has no bfloat16 matrix product on a CPU, so a bfloat16 bundle keeps its weights
@@ -97,7 +101,7 @@ class Precision:
         return cls(weights=dtype, activations=compute, cache=cache or compute)
 
     @classmethod
-    def of_quantized(cls, dtype: DType | None, cache: DType | None = None) -> "Precision":
+    def of_quantized(cls, dtype: DType | None, cache: CacheDType | None = None) -> "Precision":
         """Return the precision that `export --dtype` means for a bundle with quantized weights.
 
         Args:
@@ -113,11 +117,14 @@ class Precision:
         """Return what the graphs of a lowering compute in and cache, over the same weights.
 
         TensorRT computes and caches in the dense weights' dtype; every other graph as the bundle
-        says.
+        says, but that only ONNX Runtime's own attention reads an int8 cache: portable graphs then
+        cache in what they compute in.
         """
-        if lowering != "tensorrt":
-            return self
-        return Precision(weights=self.weights, activations=self.weights, cache=self.weights)
+        if lowering == "tensorrt":
+            return Precision(weights=self.weights, activations=self.weights, cache=self.weights)
+        if lowering == "portable" and self.cache == "int8":
+            return dataclasses.replace(self, cache=self.activations)
+        return self
 
 
 def graph_name(phase: Phase, lowering: Lowering = "onnxruntime") -> str:
@@ -133,7 +140,16 @@ def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
     return key, value
 
 
-def graph_spec(config: GemmaConfig, phase: Phase, cache_dtype: DType) -> GraphSpec:
+def cache_scale_names(layer: int) -> tuple[str, str]:
+    """Return what the scales of a layer's int8 key and value cache are called in the weights file.
+
+    Each is float32 [K, H]: what a code of 1 stands for in that channel.
+    """
+    prefix = f"model.layers.{layer}.self_attn"
+    return f"{prefix}.key_cache_scale", f"{prefix}.value_cache_scale"
+
+
+def graph_spec(config: GemmaConfig, phase: Phase, cache_dtype: CacheDType) -> GraphSpec:
     """Return what the graph of a phase takes and gives.
 
     Args:
@@ -167,7 +183,7 @@ def graph_spec(config: GemmaConfig, phase: Phase, cache_dtype: DType) -> GraphSp
     return GraphSpec(phase=phase, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def cache_bytes(config: GemmaConfig, dtype: DType, batch_size: int, max_seq_len: int) -> int:
+def cache_bytes(config: GemmaConfig, dtype: CacheDType, batch_size: int, max_seq_len: int) -> int:
     """Return the size of a KV cache for `batch_size` rows of `max_seq_len` tokens, in bytes."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return per_token * DTYPE_BYTES[dtype] * batch_size * max_seq_len
+    return per_token * CACHE_DTYPE_BYTES[dtype] * batch_size * max_seq_len

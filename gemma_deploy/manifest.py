@@ -5,16 +5,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, cast, get_args
+from typing import Any, TypeGuard, cast
 
 from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, RequestError
 from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import (
+    CACHE_DTYPE_BYTES,
+    DTYPE_BYTES,
     LOWERINGS,
     PHASES,
-    DType,
     GraphSpec,
     Lowering,
     Phase,
@@ -184,9 +185,9 @@ def parse_manifest(raw: Mapping[str, Any], folder: Path) -> Manifest:
 
 def _parsed(raw: Mapping[str, Any]) -> Manifest:
     precision = Precision(**raw["precision"])
-    for dtype in dataclasses.astuple(precision):
-        if dtype not in get_args(DType):
-            raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision")
+    for kind, dtype in dataclasses.asdict(precision).items():
+        if dtype not in (CACHE_DTYPE_BYTES if kind == "cache" else DTYPE_BYTES):
+            raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision.{kind}")
     config = GemmaConfig.from_dict(raw["model"])
     formats, method = _quantization(raw.get("quantization"), config)
     return Manifest(

@@ -199,5 +199,16 @@ def estimate(
             batch_size=batch_size,
             tokens=tokens,
             max_seq_len=max_seq_len,
-        ),
+        )
+        + _widened_bytes(config, precision, batch_size, max_seq_len),
     )
+
+
+def _widened_bytes(
+    config: GemmaConfig, precision: Precision, batch_size: int, max_seq_len: int
+) -> int:
+    """Return what a prompt widens of an int8 cache: one layer's at a time, and attention's copy of it."""
+    if precision.cache != "int8":
+        return 0
+    layer = cache_bytes(config, "float32", batch_size, max_seq_len) // config.num_hidden_layers
+    return 2 * layer

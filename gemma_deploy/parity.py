@@ -8,12 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
-from gemma_deploy.graph_spec import DType, Precision
+from gemma_deploy.graph_spec import CacheDType, DType, Precision
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
 # Shares of the largest logit; see `default_tolerance`.
-_NARROWED: Mapping[DType, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_NARROWED: Mapping[CacheDType, float] = {
+    "float32": 1e-4,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+    "int8": 5e-2,
+}
 _WIDENED: Mapping[DType, float] = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3}
 # Rows of logits whose probabilities are computed at a time: 16 x 262144 x 8 bytes is 34 MB.
 _BLOCK_ROWS = 16
@@ -208,6 +213,8 @@ def default_tolerance(
     * 1e-2: the graph computes in float16, whose roundings are of 5e-4, or attends in it, as it does
       with a float16 cache, or the weights were narrowed to it.
     * 5e-2: the same with bfloat16: roundings of 4e-3.
+    * 5e-2: the cache holds int8 codes, as the reference's does: where a key or value lies half-way
+      between two, another order of summing takes the other, up to 8e-3 away.
     * 1e-3 (float16) or 5e-3 (bfloat16): a graph that is widened, on weights as they were: two of
       these roundings, of the embedding's factor.
 

@@ -107,6 +107,12 @@ class ResidualScaling:
             case _:
                 return 1.0
 
+    def cache_divisor(self, name: str) -> float:
+        """Return what a cache's scale is stored divided by, by its name (`cache_scale_names`)."""
+        layer, parts = self._layer(name)
+        is_value = layer is not None and parts[-1].startswith("value")
+        return float(layer.value) if layer is not None and is_value else 1.0
+
     def norm_divisor(self, name: str) -> float:
         """Return what a norm's 1 + w is divided by, by the canonical name of its weight."""
         return float(self.residual) if self._is_post_norm(name) else 1.0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import cast
 
 from gemma_deploy.errors import SessionError
-from gemma_deploy.graph_spec import DTYPE_BYTES, DType, TensorSpec
+from gemma_deploy.graph_spec import CACHE_DTYPE_BYTES, CacheDType, TensorSpec
 
 Shape = tuple[int, ...]
-Allocate = Callable[[Shape, DType], tuple[int, object]]
+Allocate = Callable[[Shape, CacheDType], tuple[int, object]]
 """Gives zeroed memory: its address, and the object that keeps it alive."""
 
 
@@ -27,14 +27,14 @@ class CacheTensor:
     """
 
     name: str
-    dtype: DType
+    dtype: CacheDType
     shape: Shape
     address: int
     owner: object
 
     def rows(self, start: int, stop: int) -> "CacheTensor":
         """Return rows start, ..., stop - 1, in the same memory."""
-        row_bytes = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+        row_bytes = math.prod(self.shape[1:]) * CACHE_DTYPE_BYTES[self.dtype]
         return dataclasses.replace(
             self, shape=(stop - start, *self.shape[1:]), address=self.address + start * row_bytes
         )
@@ -100,6 +100,6 @@ def _allocate_all(
 ) -> Iterator[CacheTensor]:
     for spec in specs:
         shape = tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims)
-        dtype = cast(DType, spec.dtype)
+        dtype = cast(CacheDType, spec.dtype)
         address, owner = allocate(shape, dtype)
         yield CacheTensor(name=spec.name, dtype=dtype, shape=shape, address=address, owner=owner)

@@ -92,7 +92,7 @@ def build_engine(
             plans, files = _build_plans(bundle, build, staging, on_progress)
             manifest = EngineManifest(
                 model=bundle.config,
-                cache_dtype=bundle.manifest.precision_of("tensorrt").cache,
+                cache_dtype=bundle.manifest.precision_of("tensorrt").activations,
                 build=build,
                 plans=plans,
                 tokenizer=(),

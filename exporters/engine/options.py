@@ -118,7 +118,7 @@ def _check_rows(manifest: Manifest, max_batch_size: int, max_seq_len: int) -> No
     Raises:
         RequestError: With the lengths that can be.
     """
-    config, cache = manifest.config, manifest.precision.of_lowering("tensorrt").cache
+    config, cache = manifest.config, manifest.precision.of_lowering("tensorrt").activations
     token_bytes = config.num_key_value_heads * config.head_dim * DTYPE_BYTES[cache]
     multiple = ALIGNMENT_BYTES // math.gcd(ALIGNMENT_BYTES, token_bytes)
     if max_batch_size > 1 and max_seq_len % multiple:

@@ -71,7 +71,7 @@ def prepare_graph(
     keep_projections_apart(model)
     add_top_logits(model, build.limits.num_candidates)
     spec = engine_spec(
-        bundle.config, phase, bundle.manifest.precision_of("tensorrt").cache, build.limits
+        bundle.config, phase, bundle.manifest.precision_of("tensorrt").activations, build.limits
     )
     graph = PreparedGraph(
         proto=ir.to_proto(model).SerializeToString(),

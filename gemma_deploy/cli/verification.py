@@ -79,7 +79,7 @@ class Verification:
                 yield passed(name, self.graphs.describe(bundle.config, session))
                 name = "parity"
                 yield from self._compare(bundle, session, rows, reference, on_progress)
-            if rows and bundle.manifest.formats:
+            if rows and self._is_approximate(bundle):
                 name = "distance"
                 on_progress("measuring the distance from the checkpoint", 0, 1)
                 with self.graphs.load(bundle) as session:
@@ -98,7 +98,8 @@ class Verification:
     ) -> tuple[tuple[TokenRow, ...], list[FloatArray], list[FloatArray]]:
         """Return what is read, its logits by the checkpoint, and those the graphs should give.
 
-        Those of a quantized bundle are its own weights' logits: the checkpoint's are others.
+        Those of a quantized bundle, or with an int8 cache, are its own weights' logits: the
+        checkpoint's are others.
 
         Raises:
             CheckpointError: It is another model's, or its own logits are not finite.
@@ -109,9 +110,15 @@ class Verification:
         rows = token_rows(bundle, self.text, self.tokens)
         require_same_model(bundle.folder, bundle.config, Checkpoint.open(self.checkpoint))
         original = checkpoint_logits(self.checkpoint, rows, on_progress)
-        if not bundle.manifest.formats:
+        if not self._is_approximate(bundle):
             return rows, original, original
-        return rows, original, bundle_logits(bundle, rows, on_progress)
+        precision = bundle.manifest.precision_of(self.graphs.lowering)
+        return rows, original, bundle_logits(bundle, precision, rows, on_progress)
+
+    def _is_approximate(self, bundle: Bundle) -> bool:
+        """Tell whether weights or cache are quantized, so that logits are not the checkpoint's."""
+        cache = bundle.manifest.precision_of(self.graphs.lowering).cache
+        return bool(bundle.manifest.formats) or cache == "int8"
 
     def _compare(
         self,
@@ -126,7 +133,7 @@ class Verification:
         precision = bundle.manifest.precision_of(self.graphs.lowering)
         tolerance = self.tolerance or default_tolerance(
             precision,
-            None if bundle.manifest.formats else Checkpoint.open(self.checkpoint),
+            None if self._is_approximate(bundle) else Checkpoint.open(self.checkpoint),
             reference,
             is_widened=self.graphs.is_widened,
         )

@@ -9,10 +9,12 @@ import numpy as np
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import BundleError, CheckpointError
+from gemma_deploy.graph_spec import Precision
 from gemma_deploy.parity import FloatArray, TokenRow
 
 if TYPE_CHECKING:
     from gemma_deploy.model import GemmaForCausalLM
+    from gemma_deploy.model.kv_cache import KVCache
 
 
 def checkpoint_logits(
@@ -42,16 +44,30 @@ def checkpoint_logits(
 
 
 def bundle_logits(
-    bundle: Bundle, rows: Sequence[TokenRow], on_progress: Progress
+    bundle: Bundle, precision: Precision, rows: Sequence[TokenRow], on_progress: Progress
 ) -> list[FloatArray]:
     """Return the logits of each row by the model that a bundle's weights stand for.
+
+    Args:
+        bundle: The bundle.
+        precision: Of the graphs that are judged: with an int8 cache, keys and values are rounded.
+        rows: What is read.
+        on_progress: Called as the work goes on.
 
     Raises:
         BundleError: They cannot be read, or the logits are not finite.
     """
-    from gemma_deploy.model.bundle_weights import load_bundle_model
+    from gemma_deploy.model.bundle_weights import load_bundle_model, load_cache_scales
+    from gemma_deploy.model.kv_cache import RoundedCache
 
-    found = _logits(lambda: load_bundle_model(bundle), rows, on_progress, "the bundle's weights")
+    scales = load_cache_scales(bundle) if precision.cache == "int8" else None
+    found = _logits(
+        lambda: load_bundle_model(bundle),
+        rows,
+        on_progress,
+        "the bundle's weights",
+        new_cache=lambda: None if scales is None else RoundedCache(scales),
+    )
     if not _are_finite(found):
         raise BundleError(
             f"the weights of {bundle.folder} give logits that are NaN or infinite in float32: they "
@@ -65,6 +81,7 @@ def _logits(
     rows: Sequence[TokenRow],
     on_progress: Progress,
     what: str,
+    new_cache: "Callable[[], KVCache | None]" = lambda: None,
 ) -> list[FloatArray]:
     import torch
 
@@ -75,7 +92,12 @@ def _logits(
         for row in rows:
             on_progress(f"running {what}", len(found), len(rows))
             wanted = torch.tensor(row.positions)
-            output = model(torch.tensor([row.token_ids]), logits_to_keep=wanted, use_cache=False)
+            output = model(
+                torch.tensor([row.token_ids]),
+                logits_to_keep=wanted,
+                past_key_values=new_cache(),
+                use_cache=False,
+            )
             found.append(output.logits[0].numpy())
     return found
 

@@ -1,4 +1,4 @@
-"""What a bundle's weights mean, as a torch model: `load_bundle_model`."""
+"""What a bundle's weights mean, as a torch model: `load_bundle_model`, `load_cache_scales`."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import BundleError
+from gemma_deploy.graph_spec import cache_scale_names
 from gemma_deploy.manifest import Manifest
 from gemma_deploy.model.attend import AttentionImplementation
 from gemma_deploy.model.heads import GemmaForCausalLM
@@ -56,6 +57,27 @@ def load_bundle_model(
     return model.eval()
 
 
+def load_cache_scales(bundle: Bundle) -> list[tuple[Tensor, Tensor]]:
+    """Read the scales of a bundle's int8 cache, of the model that `load_bundle_model` builds.
+
+    Returns:
+        Of each layer what a code of 1 stands for in its keys and values, float32 [K, H] each.
+
+    Raises:
+        BundleError: The weights file lacks them, or cannot be read.
+    """
+    config = bundle.config
+    weights = _BundleWeights(bundle.weights_path, bundle.manifest)
+    scales = []
+    for layer in range(config.num_hidden_layers):
+        key, value = (
+            weights.read_cache_scale(name, (config.num_key_value_heads, config.head_dim))
+            for name in cache_scale_names(layer)
+        )
+        scales.append((key, value))
+    return scales
+
+
 class _BundleWeights:
     """Reads tensors of a weights file by the checkpoint's names."""
 
@@ -70,18 +92,30 @@ class _BundleWeights:
         Raises:
             BundleError: The tensor is not there, or of another shape.
         """
-        stored = name.removesuffix(".weight") + ".scale" if is_norm else name
-        try:
-            self._read(stored, into)
-        except (SafetensorError, OSError, RuntimeError) as err:
-            raise BundleError(
-                f"{stored} cannot be read from {self._path}: {err}. Export the bundle again"
-            ) from err
+        self._read(name.removesuffix(".weight") + ".scale" if is_norm else name, into)
         if self._scaling is not None:
             of = self._scaling.norm_divisor if is_norm else self._scaling.weight_divisor
             into *= of(name)
 
+    def read_cache_scale(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Return the scale of a cache, float32.
+
+        Raises:
+            BundleError: It is not there, or of another shape.
+        """
+        scale = torch.empty(shape)
+        self._read(name, scale)
+        return scale if self._scaling is None else scale * self._scaling.cache_divisor(name)
+
     def _read(self, stored: str, into: Tensor) -> None:
+        try:
+            self._read_blocks(stored, into)
+        except (SafetensorError, OSError, RuntimeError) as err:
+            raise BundleError(
+                f"{stored} cannot be read from {self._path}: {err}. Export the bundle again"
+            ) from err
+
+    def _read_blocks(self, stored: str, into: Tensor) -> None:
         weight_format = self._formats.get(stored)
         step = max(1, _BLOCK_BYTES * len(into) // into.nbytes)
         with safe_open(self._path, framework="pt") as file:

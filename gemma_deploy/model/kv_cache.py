@@ -1,5 +1,9 @@
-"""Key and value caches of the eager model: `DynamicCache` grows, `StaticCache` is written in place."""
+"""Key and value caches of the eager model: `DynamicCache` grows, `StaticCache` is written in place.
 
+`RoundedCache` holds what is left of keys and values in 8 bits.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +106,31 @@ class DynamicCache:
             self.keys[layer_idx] = torch.cat((self.keys[layer_idx], key), dim=2)
             self.values[layer_idx] = torch.cat((self.values[layer_idx], value), dim=2)
         return self.keys[layer_idx], self.values[layer_idx]
+
+
+class RoundedCache(DynamicCache):
+    """A cache that grows, of keys and values as an int8 cache would hold them.
+
+    Args:
+        scales: Of each layer's keys and values: what a code of 1 stands for, [K, H] each.
+    """
+
+    def __init__(self, scales: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._scales = scales
+
+    def update(
+        self, layer_idx: int, key: Tensor, value: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Round and append key and value [B, K, S, H]; see `DynamicCache.update`."""
+        key_scale, value_scale = (scale[:, None] for scale in self._scales[layer_idx])
+        return super().update(
+            layer_idx, _rounded(key, key_scale), _rounded(value, value_scale), step
+        )
+
+
+def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
+    return (rows / scale).round().clamp(-128, 127) * scale
 
 
 class StaticCache:

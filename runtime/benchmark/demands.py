@@ -6,7 +6,7 @@ from typing import Final
 
 from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import SLIDING_ATTENTION, GemmaConfig
-from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Lowering, cache_bytes
+from gemma_deploy.graph_spec import DTYPE_BYTES, CacheDType, DType, Lowering, cache_bytes
 from gemma_deploy.memory import group_of
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.runtime.source import ModelSource
@@ -74,7 +74,9 @@ def demands_of(source: ModelSource, backend: str, device: str) -> Demands:
     )
 
 
-def _precision(source: ModelSource, backend: str) -> tuple[dict[str, WeightFormat], DType, DType]:
+def _precision(
+    source: ModelSource, backend: str
+) -> tuple[dict[str, WeightFormat], DType, CacheDType]:
     """Return how matrices are quantized, what the others are stored in, and the cache's dtype."""
     if source.bundle is not None:
         manifest = source.bundle.manifest

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BackendUnavailableError, SessionError
-from gemma_deploy.graph_spec import DType, Phase, Precision
+from gemma_deploy.graph_spec import CacheDType, Phase, Precision
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource, OnnxRuntimeGraph
@@ -24,6 +24,9 @@ from gemma_deploy.runtime.sessions.session import (
     StepLogits,
 )
 
+# Earlier ones load such a graph, but for 1.24, and fail in the first step.
+_FIRST_WITH_INT8_CACHE = (1, 27)
+
 
 class OnnxRuntimeSession:
     """Runs a bundle's graphs over KV buffers that are inputs and outputs at once.
@@ -34,7 +37,8 @@ class OnnxRuntimeSession:
 
     Steps on CUDA (caches on the device, tokens and logits on the host) have not run on hardware yet.
     ONNX Runtime's CUDA provider has GroupQueryAttention in 16 bits only; a bundle that computes in
-    float32 would carry its whole cache to the CPU and back at every step, so it runs on the CPU.
+    float32 would carry its whole cache to the CPU and back at every step, so it runs on the CPU. So
+    does one with an int8 cache, whose graph has been tried nowhere else.
 
     Attributes:
         config: The model.
@@ -146,7 +150,7 @@ class OnnxRuntimeSession:
         if self._decode is not None:
             self._decode.close()
 
-    def _allocate(self, shape: Shape, dtype: DType) -> tuple[int, object]:
+    def _allocate(self, shape: Shape, dtype: CacheDType) -> tuple[int, object]:
         # On a CPU the value shares the array's memory, which the system hands out page by page: room
         # for tokens that never come costs nothing. Elsewhere it is a copy on the device.
         zeros = np.zeros(shape, dtype)
@@ -162,6 +166,8 @@ class OnnxRuntimeSession:
 
 def _with_attention(device: Device, precision: Precision) -> Device:
     """Return the device, or the CPU for `auto`, where attention runs in the cache's dtype."""
+    if precision.cache == "int8":
+        return _with_int8_attention(device)
     if device.kind == "cpu" or precision.cache != "float32":
         return device
     if device.kind == "cuda":
@@ -169,5 +175,27 @@ def _with_attention(device: Device, precision: Precision) -> Device:
             "ONNX Runtime has no CUDA attention for this bundle, which computes in "
             f"{precision.activations} (weights in {precision.weights}): export it with --dtype "
             "float16, or use the device cpu"
+        )
+    return Device(kind="cpu")
+
+
+def _with_int8_attention(device: Device) -> Device:
+    """Return the CPU, if this ONNX Runtime attends to int8 caches on it.
+
+    Raises:
+        BackendUnavailableError: CUDA was asked for, or a newer ONNX Runtime is needed.
+    """
+    if device.kind == "cuda":
+        raise BackendUnavailableError(
+            "bundles with an int8 cache run on the CPU only: use the device cpu, or export the bundle "
+            "with --cache-dtype float16"
+        )
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if version < _FIRST_WITH_INT8_CACHE:
+        first = ".".join(map(str, _FIRST_WITH_INT8_CACHE))
+        raise BackendUnavailableError(
+            f"ONNX Runtime {ort.__version__} has no attention to an int8 cache on the CPU; the first "
+            f"that has is {first}: pip install --upgrade onnxruntime-gpu (or onnxruntime, as "
+            "installed), or export the bundle without --cache-dtype int8"
         )
     return Device(kind="cpu")

@@ -14,11 +14,11 @@ from gemma_deploy.engine_build import LOGITS_SUM, TOP_INDICES, TOP_LOGITS, Engin
 from gemma_deploy.engine_fit import rebuild_advice, why_not_on, why_not_with
 from gemma_deploy.errors import BackendUnavailableError, EngineError, RequestError, SessionError
 from gemma_deploy.graph_spec import (
-    DTYPE_BYTES,
+    CACHE_DTYPE_BYTES,
     INPUT_IDS,
     INPUT_POS,
     LOGITS_INDEX,
-    DType,
+    CacheDType,
     Phase,
 )
 from gemma_deploy.runtime.cache_buffers import CacheBuffers, Shape
@@ -162,8 +162,8 @@ class TensorRTSession:
         """Whether a decode step is recorded."""
         return self._loaded().has_cuda_graph
 
-    def _allocate(self, shape: Shape, dtype: DType) -> tuple[int, object]:
-        memory = self._cuda.allocate(math.prod(shape) * DTYPE_BYTES[dtype])
+    def _allocate(self, shape: Shape, dtype: CacheDType) -> tuple[int, object]:
+        memory = self._cuda.allocate(math.prod(shape) * CACHE_DTYPE_BYTES[dtype])
         return memory.address, memory
 
     def _check_step(

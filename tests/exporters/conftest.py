@@ -18,7 +18,11 @@ from gemma_deploy.graph_spec import Lowering, Phase, graph_name
 
 Array = npt.NDArray[Any]
 
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 
 
 class Graph:

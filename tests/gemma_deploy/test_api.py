@@ -119,6 +119,16 @@ def test_pipeline_refuses_a_keyword_before_it_loads(
             RequestError,
             "graphs has 'tensorflow'; expected any of onnxruntime, tensorrt, portable",
         ),
+        (
+            lambda bundle: gemma_deploy.export(bundle, bundle, dtype="int8"),  # type: ignore[arg-type]  # only caches
+            RequestError,
+            "dtype is 'int8'; expected float32, float16, bfloat16, or None",
+        ),
+        (
+            lambda bundle: gemma_deploy.export(bundle, bundle, cache_dtype="fp8"),  # type: ignore[arg-type]  # not yet
+            RequestError,
+            "cache_dtype is 'fp8'; expected float32, float16, bfloat16, int8, or None",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

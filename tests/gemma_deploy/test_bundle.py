@@ -349,6 +349,12 @@ def test_a_manifest_with_nonsense(folder: Path, where: str, value: object) -> No
         Bundle.open(folder)
 
 
+def test_only_caches_hold_int8(folder: Path) -> None:
+    edit(folder, "precision/activations", "int8")
+    with pytest.raises(BundleError, match=r"unknown dtype 'int8' in precision\.activations"):
+        Bundle.open(folder)
+
+
 def test_an_unknown_dtype(folder: Path) -> None:
     edit(folder, "precision/cache", "float8")
     with pytest.raises(BundleError, match="unknown dtype 'float8' in precision"):

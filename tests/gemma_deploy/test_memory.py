@@ -120,6 +120,24 @@ class TestEstimate:
             result.cpu_weights_bytes + 150_994_944 + result.activation_bytes
         )
 
+    def test_an_int8_cache_is_a_quarter_and_is_widened_a_layer_at_a_time(self) -> None:
+        wide, narrow = (
+            memory.estimate(
+                GEMMA_2B,
+                Precision.of("float32", cache),
+                stored_bytes=1,
+                batch_size=2,
+                max_seq_len=8192,
+                prefill_tokens=512,
+            )
+            for cache in (None, "int8")
+        )
+
+        assert narrow.kv_cache_bytes * 4 == wide.kv_cache_bytes
+        # Keys and values of one layer, and the copy that attention writes to.
+        layer = 2 * 2 * 8192 * 256 * 4
+        assert narrow.activation_bytes == wide.activation_bytes + 2 * layer
+
     def test_an_embedding_that_is_no_head_is_not_copied(self) -> None:
         untied = GemmaConfig.from_dict(SMALL.to_dict() | {"tie_word_embeddings": False})
 

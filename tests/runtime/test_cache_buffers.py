@@ -5,13 +5,13 @@ import pytest
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import SessionError
-from gemma_deploy.graph_spec import DType, TensorSpec, graph_spec
+from gemma_deploy.graph_spec import CacheDType, TensorSpec, graph_spec
 from gemma_deploy.runtime.cache_buffers import CacheBuffers
 
 CONFIG = GemmaConfig(num_hidden_layers=2, num_key_value_heads=3, num_attention_heads=3, head_dim=4)
 
 
-def allocate(shape: tuple[int, ...], dtype: DType) -> tuple[int, object]:
+def allocate(shape: tuple[int, ...], dtype: CacheDType) -> tuple[int, object]:
     array = np.zeros(shape, dtype)
     return array.ctypes.data, array
 

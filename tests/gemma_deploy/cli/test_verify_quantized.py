@@ -15,6 +15,8 @@ from gemma_deploy.exporters.quantization.options import QuantizationOptions
 from gemma_deploy.file_records import record_file
 from gemma_deploy.tokenizer import GemmaTokenizer
 
+TINY_GEMMA = Path(__file__).parents[3] / "samples" / "tiny-gemma"
+
 
 @pytest.fixture(scope="module")
 def quantized(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -99,6 +101,29 @@ class TestWholeBundle:
 
         assert result.exit_code == 2
         assert "--max-kl and --text compare logits: give --checkpoint too" in result.stderr
+
+
+class TestInt8Cache:
+    def test_its_graphs_agree_with_rounded_keys_and_values(
+        self, invoke: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        """Of weights that are exact, so that only the cache is between them and float32."""
+        folder = tmp_path / "bundle"
+        exported = invoke(
+            "export", TINY_GEMMA, "--output", folder, "--fp32", "--cache-dtype", "int8"
+        )
+
+        result = invoke("verify", folder, "--checkpoint", TINY_GEMMA, "--tokens", 96, "--json")
+
+        assert exported.exit_code == result.exit_code == 0, exported.output + result.output
+        checks = json.loads(result.stdout)["checks"]
+        parity = [check["parity"] for check in checks if check["parity"]]
+        assert len(parity) == 5
+        distance = checks[-1]["distance"]
+        assert distance["mean_kl_nats"] > 0
+        # A few codes fall to the other side; that is little beside rounding all of them.
+        for figures in parity:
+            assert figures["mean_kl_nats"] < 0.1 * distance["mean_kl_nats"]
 
 
 class TestDamage:

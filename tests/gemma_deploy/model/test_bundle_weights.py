@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import BundleError
-from gemma_deploy.exporters.weights import plan_weights, write_weights
-from gemma_deploy.graph_spec import Precision
+from gemma_deploy.exporters.weights import plan_cache_scales, plan_weights, write_weights
+from gemma_deploy.graph_spec import Precision, cache_scale_names
 from gemma_deploy.model import GemmaForCausalLM
-from gemma_deploy.model.bundle_weights import load_bundle_model
+from gemma_deploy.model.bundle_weights import load_bundle_model, load_cache_scales
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.residual_scaling import LayerScaling, ResidualScaling
 
@@ -110,6 +110,25 @@ def test_a_tied_head_stays_the_embedding(write: Write) -> None:
     model = load_bundle_model(write("gemma3", {"model.embed_tokens.weight": "int4/32"}))
 
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_scales_of_a_cache_are_of_what_was_not_divided(write: Write) -> None:
+    bundle = write("gemma3", layer=SCALED)
+    shape = (bundle.config.num_key_value_heads, bundle.config.head_dim)
+    scales = {
+        name: torch.full(shape, 2.0 * layer + side)
+        for layer in range(bundle.config.num_hidden_layers)
+        for side, name in enumerate(cache_scale_names(layer), 1)
+    }
+    plan = plan_cache_scales(scales, bundle.manifest.scaling)
+    write_weights(Checkpoint.open(bundle.folder), plan, bundle.weights_path, prepared=scales)
+
+    stored = load_file(bundle.weights_path)
+    assert float(stored[cache_scale_names(1)[0]][0, 0]) == 3
+    assert float(stored[cache_scale_names(1)[1]][0, 0]) == 4 / SCALED.value
+    for (key, value), layer in zip(load_cache_scales(bundle), range(100), strict=False):
+        assert torch.equal(key, scales[cache_scale_names(layer)[0]])
+        assert torch.equal(value, scales[cache_scale_names(layer)[1]])
 
 
 def test_a_tensor_that_is_missing_is_told_of(write: Write) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import PromptTooLongError, RequestError
-from gemma_deploy.model.kv_cache import DynamicCache, StaticCache, Step
+from gemma_deploy.model.kv_cache import DynamicCache, RoundedCache, StaticCache, Step
 
 CONFIG = GemmaConfig(
     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=4, hidden_size=8
@@ -32,6 +32,19 @@ def test_steps_follow_each_other(cache: DynamicCache | StaticCache) -> None:
     key, value = (tensors[1][:, :, :4] for tensors in (cache.keys, cache.values))
     assert torch.equal(key, rows(2, 4, 1))
     assert torch.equal(value, -rows(2, 4, 0))
+
+
+def test_rounded_cache_holds_what_codes_say() -> None:
+    scales = torch.tensor([[1.0, 2.0, 0.5, 1.0], [4.0, 1.0, 1.0, 1.0]])  # [K, H]
+    cache = RoundedCache([(scales, 2 * scales)])
+    row = torch.tensor([[2.5, 2.9, -0.8, 300.0], [2.1, 3.5, -129.0, 0.0]])
+    rows_of_a_step = row[None, :, None]
+    cache.update(0, rows_of_a_step, rows_of_a_step, Step.after(0, 1, CPU, None))
+    key, value = cache.update(0, rows_of_a_step, rows_of_a_step, Step.after(1, 1, CPU, None))
+    assert key.shape == value.shape == (1, 2, 2, 4)
+    # To the nearest code, ties to even, from -128 to 127.
+    assert key[0, :, 1].tolist() == [[2.0, 2.0, -1.0, 127.0], [4.0, 4.0, -128.0, 0.0]]
+    assert value[0, :, 1].tolist() == [[2.0, 4.0, -1.0, 254.0], [0.0, 4.0, -128.0, 0.0]]
 
 
 def test_static_cache_writes_ragged_rows_in_place() -> None:

@@ -1,11 +1,13 @@
+import dataclasses
 import json
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -208,6 +210,29 @@ def test_float32_has_no_attention_on_cuda(text_bundle: Any) -> None:
         OnnxRuntimeSession(bundle, device=Device(kind="cuda"))
     with OnnxRuntimeSession(bundle, threads=1) as session:
         assert session.device == Device(kind="cpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "message"),
+    [
+        ("1.31.1", "cuda", r"int8 cache run on the CPU only.*--cache-dtype float16"),
+        (
+            "1.26.0",
+            "auto",
+            r"ONNX Runtime 1\.26\.0 has no .*the first that has is 1\.27: pip install",
+        ),
+    ],
+)
+def test_where_an_int8_cache_cannot_be(
+    version: str, device: Literal["auto", "cuda"], message: str, text_bundle: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ort, "__version__", version)
+    bundle = Bundle.open(text_bundle("gemma1"))
+    precision = dataclasses.replace(bundle.manifest.precision, activations="float16", cache="int8")
+    manifest = dataclasses.replace(bundle.manifest, precision=precision)
+    int8 = dataclasses.replace(bundle, manifest=manifest)
+    with pytest.raises(BackendUnavailableError, match=message):
+        OnnxRuntimeSession(int8, device=Device(kind=device))
 
 
 def test_a_closed_session_says_so(text_bundle: Any) -> None:
