@@ -37,7 +37,6 @@ _ORT_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
     "bfloat16": "tensor(bfloat16)",
-    "int8": "tensor(int8)",
 }
 
 
@@ -114,6 +113,9 @@ class OnnxRuntimeGraph:
         _check_ports(self._name, "outputs", self._session.get_outputs(), self._spec.outputs)
         self._binding: Any = self._session.io_binding()
         self._bound_cache: CacheBuffers | None = None
+        names = [spec.name for spec in self._spec.inputs]
+        self._token_inputs = [x for x in (INPUT_IDS, INPUT_POS, LOGITS_INDEX) if x in names]
+        self._bound_inputs: dict[str, Int64Array] = {}
         self._logits: npt.NDArray[np.float32] = np.empty((0, 0, 0), np.float32)
 
     def run(
@@ -140,13 +142,8 @@ class OnnxRuntimeGraph:
         if self._session is None:
             raise SessionError("the session is closed: load the model again")
         given = {INPUT_IDS: input_ids, INPUT_POS: input_pos, LOGITS_INDEX: logits_index}
-        inputs = {
-            spec.name: np.ascontiguousarray(given[spec.name], dtype=np.int64)
-            for spec in self._spec.inputs
-            if spec.name in given
-        }
-        for name, array in inputs.items():
-            self._binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        for name in self._token_inputs:
+            self._write_input(name, given[name])
         self._bind_cache(cache)
         self._bind_logits((*logits_index.shape, self._spec.outputs[0].dims[-1]))
         try:
@@ -165,12 +162,24 @@ class OnnxRuntimeGraph:
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._bound_cache = None
-        # The logits were bound as well.
+        # They were bound as well.
+        self._bound_inputs.clear()
         self._logits = np.empty((0, 0, 0), np.float32)
 
     def close(self) -> None:
         """Let go of the session and of everything bound to it."""
         self._session = self._binding = self._bound_cache = None
+
+    def _write_input(self, name: str, array: Int64Array) -> None:
+        """Put a token input where ONNX Runtime reads it, bound anew only where it has to be."""
+        bound = self._bound_inputs.get(name)
+        # What another device reads is copied there when it is bound, and not again when it changes.
+        if bound is not None and bound.shape == array.shape and self.device.kind == "cpu":
+            bound[...] = array
+            return
+        bound = array.astype(np.int64, order="C")
+        self._binding.bind_input(name, "cpu", 0, np.int64, bound.shape, bound.ctypes.data)
+        self._bound_inputs[name] = bound
 
     def _bind_cache(self, cache: CacheBuffers) -> None:
         if cache is self._bound_cache:

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import BundleError, SessionError, UnsafePathError
 from gemma_deploy.graph_spec import PHASES, Phase, graph_spec
+from gemma_deploy.runtime.cache_buffers import CacheBuffers
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource, OnnxRuntimeGraph
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
@@ -61,6 +63,107 @@ def test_a_model_in_memory_reads_the_weights_beside_its_file(
     own = sources(bundle)["decode"]
     source = GraphSource(path=own.path, spec=own.spec, model=own.path.read_bytes())
     assert OnnxRuntimeGraph(source, CPU, 1).device == CPU
+
+
+class CountingBinding:
+    """A binding that notes the inputs that are bound."""
+
+    def __init__(self, binding: Any) -> None:
+        self._binding = binding
+        self.bound: list[str] = []
+
+    def bind_input(self, name: str, *place: Any) -> None:
+        self.bound.append(name)
+        self._binding.bind_input(name, *place)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+
+def decode(
+    graph: OnnxRuntimeGraph, cache: CacheBuffers, token_ids: list[int], pos: int
+) -> np.ndarray:
+    """Run one token of each row and return its logits."""
+    rows = len(token_ids)
+    place = np.full(rows, pos), np.zeros((rows, 1), np.int64)
+    return graph.run(np.array(token_ids)[:, None], *place, cache).copy()
+
+
+@pytest.fixture
+def counted(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> tuple[OnnxRuntimeSession, OnnxRuntimeGraph, CountingBinding]:
+    """Return a session, its graph and the graph's binding."""
+    session = OnnxRuntimeSession(bundle, device=CPU, threads=1)
+    graph = session._prefill
+    binding = CountingBinding(graph._binding)
+    monkeypatch.setattr(graph, "_binding", binding)
+    return session, graph, binding
+
+
+TOKEN_INPUTS = ["input_ids", "input_pos", "logits_index"]
+
+
+def test_token_inputs_are_bound_once_for_steps_of_one_shape(
+    bundle: Bundle, counted: tuple[OnnxRuntimeSession, OnnxRuntimeGraph, CountingBinding]
+) -> None:
+    session, graph, binding = counted
+    with session, OnnxRuntimeSession(bundle, device=CPU, threads=1) as other:
+        cache, others = session.new_cache(1, 16), other.new_cache(1, 16)
+        for pos, token_id in enumerate([9, 8, 7, 300]):
+            found = decode(graph, cache, [token_id], pos)
+            # Bound to fresh memory at every step.
+            other._prefill._bound_inputs.clear()
+            wanted = decode(other._prefill, others, [token_id], pos)
+            np.testing.assert_array_equal(found, wanted)
+        assert [x for x in binding.bound if x in TOKEN_INPUTS] == TOKEN_INPUTS
+
+
+def test_what_is_bound_is_the_graph_s_own(
+    counted: tuple[OnnxRuntimeSession, OnnxRuntimeGraph, CountingBinding],
+) -> None:
+    """The caller may change its arrays, and give such as lie in memory in another way."""
+    session, graph, _ = counted
+    with session:
+        cache = session.new_cache(2, 16)
+        first, second = decode(graph, cache, [9, 8], 0), decode(graph, cache, [7, 300], 1)
+        cache = session.new_cache(2, 16)
+        for pos, (tokens, wanted) in enumerate([([9, 8], first), ([7, 300], second)]):
+            wide = np.array([[x, 5, 5] for x in tokens])
+            ids, place = wide[:, :1], np.array([pos, -1, pos, -1])[::2]
+            found = graph.run(ids, place, np.zeros((2, 1), np.int64), cache)
+            np.testing.assert_array_equal(found, wanted)
+            wide[:] = 5
+
+
+def test_another_shape_or_cache_is_bound_anew(
+    counted: tuple[OnnxRuntimeSession, OnnxRuntimeGraph, CountingBinding],
+) -> None:
+    session, graph, binding = counted
+    with session:
+        cache = session.new_cache(2, 16)
+        wanted = decode(graph, cache, [9, 8], 0)
+        alone = decode(graph, cache.rows(1, 2), [8], 0)
+        np.testing.assert_allclose(alone, wanted[1:], atol=2e-4)  # kernels of another shape
+        cache = session.new_cache(2, 16)
+        np.testing.assert_array_equal(decode(graph, cache, [9, 8], 0), wanted)
+        assert [x for x in binding.bound if x in TOKEN_INPUTS] == TOKEN_INPUTS * 3
+
+
+def test_inputs_of_another_device_are_bound_at_every_step(
+    counted: tuple[OnnxRuntimeSession, OnnxRuntimeGraph, CountingBinding],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime copies them there when they are bound."""
+    session, graph, binding = counted
+    with session:
+        cache = session.new_cache(1, 16)
+        decode(graph, cache, [9], 0)
+        binding.bound.clear()
+        monkeypatch.setattr(graph, "device", Device(kind="cuda"))
+        for pos in (1, 2):
+            decode(graph, cache, [8], pos)
+        assert binding.bound == TOKEN_INPUTS * 2
 
 
 def test_external_data_outside_of_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
