@@ -10,7 +10,11 @@ import numpy as np
 from gemma_deploy.errors import NonFiniteLogitsError
 from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.rows import Row
-from gemma_deploy.runtime.sampling import RepetitionPenalty, sampling_method
+from gemma_deploy.runtime.sampling import (
+    RepetitionPenalty,
+    highest_if_finite,
+    sampling_method,
+)
 from gemma_deploy.runtime.sessions.session import (
     Array,
     Int64Array,
@@ -192,15 +196,15 @@ class BatchGeneration:
     def _append(self, active: list[int], found: StepLogits) -> None:
         """Choose a token for each active row from what the step found, and end rows that are done."""
         rows = [self.rows[index] for index in active]
-        logits, token_ids = (
-            array if array is None else self._of_rows(array, active)
-            for array in (found.logits, found.token_ids)
-        )
-        self._check_finite(logits, active)
+        logits = self._of_rows(found.logits, active)
+        token_ids = None if found.token_ids is None else self._of_rows(found.token_ids, active)
+        highest: list[int] | None = self._highest(logits, active)
         if self._penalty is not None:
-            logits = self._penalty(logits, [row.sequence for row in rows])
-        uniforms = [row.random.random() for row in rows]
-        for row, token_id in zip(rows, self._method(logits, uniforms, token_ids), strict=True):
+            logits, highest = self._penalty(logits, [row.sequence for row in rows]), None
+        # Drawn where the method asks for them.
+        uniforms = (row.random.random() for row in rows)
+        chosen = self._method(logits, uniforms, token_ids, highest=highest)
+        for row, token_id in zip(rows, chosen, strict=True):
             row.append(token_id)
             if token_id in self._stop_token_ids:
                 row.finish("stop")
@@ -216,14 +220,17 @@ class BatchGeneration:
             return array[:, 0, :]
         return self._session.xp.stack([array[index, 0, :] for index in active])
 
-    def _check_finite(self, logits: Array, active: list[int]) -> None:
-        xp = self._session.xp
-        # NaN passes through both extremes: two passes without a temporary array.
-        extremes = xp.stack([xp.min(logits, axis=-1), xp.max(logits, axis=-1)], axis=-1)
-        is_finite = xp.all(xp.isfinite(extremes), axis=-1)
-        if bool(xp.all(is_finite)):
-            return
-        index = active[[bool(ok) for ok in is_finite].index(False)]
+    def _highest(self, logits: Array, active: list[int]) -> list[int]:
+        """Return the index of each active row's highest logit.
+
+        Raises:
+            NonFiniteLogitsError: One of the logits is NaN or infinite.
+        """
+        highest = highest_if_finite(logits)
+        finite = [index for index in highest if index is not None]
+        if len(finite) == len(active):
+            return finite
+        index = active[highest.index(None)]
         row = self.rows[index]
         raise NonFiniteLogitsError(
             f"the model put out NaN or infinity for prompt {self._first_row + index}, new token "

@@ -1,6 +1,6 @@
 """Ways to choose one token per row: `Greedy` and `Sampled`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,12 @@ class SamplingMethod(Protocol):
         ...
 
     def __call__(
-        self, logits: Array, uniforms: Sequence[float], token_ids: Array | None = None
+        self,
+        logits: Array,
+        uniforms: Iterable[float],
+        token_ids: Array | None = None,
+        *,
+        highest: Sequence[int] | None = None,
     ) -> list[int]:
         """Return B token ids.
 
@@ -38,6 +43,8 @@ class SamplingMethod(Protocol):
             uniforms: One random number in [0, 1) per row; what is chosen depends on nothing else.
             token_ids: int64 [B, C], whose logits they are, in any order; None if they are those of
                 the whole vocabulary.
+            highest: B indexes of the highest logits, as `highest_if_finite` gives them; None where
+                they are not known.
         """
         ...
 
@@ -61,10 +68,14 @@ class Greedy:
     def __call__(
         self,
         logits: Array,
-        uniforms: Sequence[float],  # noqa: ARG002 - the protocol's; nothing here is random
+        uniforms: Iterable[float],  # noqa: ARG002 - the protocol's; nothing here is random
         token_ids: Array | None = None,
+        *,
+        highest: Sequence[int] | None = None,
     ) -> list[int]:
         """Return B token ids."""
+        if token_ids is None and highest is not None:
+            return list(highest)
         xp = array_namespace(logits)
         if token_ids is None:
             return [int(token_id) for token_id in xp.argmax(logits, axis=-1)]
@@ -94,7 +105,12 @@ class Sampled:
         return bool(ascending[0] < ascending[logits.shape[0] - self.num_candidates + 1])
 
     def __call__(
-        self, logits: Array, uniforms: Sequence[float], token_ids: Array | None = None
+        self,
+        logits: Array,
+        uniforms: Iterable[float],
+        token_ids: Array | None = None,
+        *,
+        highest: Sequence[int] | None = None,  # noqa: ARG002 - the protocol's
     ) -> list[int]:
         """Return B token ids."""
         return [

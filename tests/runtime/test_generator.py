@@ -215,6 +215,21 @@ def test_non_finite_logits_of_an_ended_row_do_not_matter(scripted_session: Any) 
     assert texts(batch) == [script(PROMPTS[1], 4), [stop]]
 
 
+def test_the_likeliest_is_that_of_the_penalized_logits(scripted_session: Any) -> None:
+    run_step = scripted_session.step
+
+    def two_that_are_likely(*arguments: Any, **options: Any) -> Any:
+        found = run_step(*arguments, **options)
+        found.logits[..., :] = 0
+        found.logits[..., 3] = 5
+        found.logits[..., 4] = 4
+        return found
+
+    scripted_session.step = two_that_are_likely
+    options = {"max_new_tokens": 4, "repetition_penalty": 2.0}
+    assert texts(run(scripted_session, [[5]], options=options)) == [[3, 4, 3, 3]]
+
+
 SAMPLED = {"max_new_tokens": 20, "temperature": 3.0}
 
 

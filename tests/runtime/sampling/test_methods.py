@@ -147,6 +147,20 @@ def test_what_weighs_the_whole_vocabulary_needs_all_logits(options: GenerationOp
     assert sampling_method(options).num_candidates is None
 
 
+def test_greedy_takes_the_highest_that_is_known() -> None:
+    logits = random_logits(2)
+    assert Greedy()(logits, [], highest=[7, 5]) == [7, 5]
+    # It does not tell the lowest of equals among those that come in any order.
+    logits = np.array([[5, 5, 1]], np.float32)
+    assert Greedy()(logits, [], np.array([[9, 4, 3]]), highest=[0]) == [4]
+
+
+def test_sampling_does_not_depend_on_whether_the_highest_is_known() -> None:
+    logits, uniforms = random_logits(2), [0.3, 0.8]
+    method = Sampled((TopK(40),))
+    assert method(logits, uniforms, highest=[1, 2]) == method(logits, uniforms)
+
+
 @pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
 def test_greedy_takes_the_lowest_of_equals(to_array: Any) -> None:
     logits = to_array(np.array([[5, 5, 1], [2, 7, 7]], np.float32))
