@@ -27,12 +27,21 @@ class RepetitionPenalty:
             logits: float32 [B, V].
             histories: Per row, the token ids [n] of its prompt and of what was generated.
         """
+        if isinstance(logits, np.ndarray):
+            penalized = logits.copy()
+            for row, history in zip(penalized, histories, strict=True):
+                row[history] = self._penalized(row[history])
+            return penalized
         xp = array_namespace(logits)
         # On the host: the standard has no assignment at many indexes.
         is_seen = np.zeros(logits.shape, np.bool_)
         for row, history in enumerate(histories):
             is_seen[row, history] = True
+        seen = xp.asarray(is_seen, device=device(logits))
+        return xp.where(seen, self._penalized(logits), logits)
+
+    def _penalized(self, logits: Array) -> Array:
+        xp = array_namespace(logits)
         # Above 1 the lesser is the quotient of a positive logit and the product of a negative one.
         choose = xp.minimum if self.value > 1 else xp.maximum
-        penalized = choose(logits * self.value, logits / self.value)
-        return xp.where(xp.asarray(is_seen, device=device(logits)), penalized, logits)
+        return choose(logits * self.value, logits / self.value)

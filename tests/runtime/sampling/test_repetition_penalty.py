@@ -31,7 +31,8 @@ def test_is_transformers(to_array: Any, value: float) -> None:
     np.testing.assert_array_equal(given, logits)
 
 
-def test_histories_may_differ_in_length() -> None:
-    logits = np.ones((2, 4), np.float32)
+@pytest.mark.parametrize("to_array", LIBRARIES.values(), ids=LIBRARIES)
+def test_histories_may_differ_in_length(to_array: Any) -> None:
+    logits = to_array(np.ones((2, 4), np.float32))
     penalized = RepetitionPenalty(2.0)(logits, [np.array([0]), np.array([1, 2, 2])])
-    np.testing.assert_array_equal(penalized, [[0.5, 1, 1, 1], [1, 0.5, 0.5, 1]])
+    np.testing.assert_array_equal(np.asarray(penalized), [[0.5, 1, 1, 1], [1, 0.5, 0.5, 1]])
