@@ -37,6 +37,7 @@ _ORT_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
     "bfloat16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
 }
 
 
