@@ -44,7 +44,11 @@ class StaticCacheModule(nn.Module):
         )
 
     def hidden_states(
-        self, input_ids: Tensor, input_pos: Tensor, caches: tuple[Tensor, ...]
+        self,
+        input_ids: Tensor,
+        input_pos: Tensor,
+        caches: tuple[Tensor, ...],
+        index: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run every layer.
 
@@ -52,9 +56,10 @@ class StaticCacheModule(nn.Module):
             input_ids: int64 [B, S].
             input_pos: int64 [B], tokens each row has in the cache already.
             caches: Key and value cache [B, K, T, H] of each layer in turn.
+            index: Positions that are asked for, int64 [B, L]; None for all.
 
         Returns:
-            Normalized hidden states [B, S, D], and the updated caches in the order of `caches`.
+            Normalized hidden states [B, S or L, D], and the updated caches in the order of `caches`.
         """
         steps = torch.arange(input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
         positions = (input_pos[:, None] + steps).float()[..., None]  # [B, S, 1]
@@ -79,7 +84,7 @@ class StaticCacheModule(nn.Module):
             updated.extend((key_cache, value_cache))
             return output, None
 
-        return self.causal_lm.model.decode_layers(hidden, attend), updated
+        return self.causal_lm.model.decode_layers(hidden, attend, index=index), updated
 
 
 class PrefillModule(StaticCacheModule):
@@ -96,9 +101,8 @@ class PrefillModule(StaticCacheModule):
             logits_index: int64 [B, L], indices into this step's S tokens.
             *caches: Key and value cache [B, K, T, H] of each layer in turn, input_pos + S <= T.
         """
-        hidden, updated = self.hidden_states(input_ids, input_pos, caches)
-        index = logits_index[..., None].expand(-1, -1, hidden.shape[-1])
-        return (self.causal_lm.logits(hidden.gather(1, index)), *updated)
+        hidden, updated = self.hidden_states(input_ids, input_pos, caches, logits_index)
+        return (self.causal_lm.logits(hidden), *updated)
 
 
 class DecodeModule(StaticCacheModule):

@@ -43,14 +43,20 @@ class GemmaDecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(size, eps)
             self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
-        """Map the residual stream [B, S, D] to the next layer's; attention weights if there are."""
+    def forward(
+        self, hidden: Tensor, attend: Attend, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map the residual stream [B, S, D] to the next layer's; attention weights if there are.
+
+        With `index`, int64 [B, L], the output is that of these positions, [B, L, D]: the others are
+        attended to, and need no feed-forward.
+        """
         attended, weights = self.self_attn(self.input_layernorm(hidden), attend)
         if self.has_post_norms:
-            hidden = hidden + self.post_attention_layernorm(attended)
+            hidden = _at_positions(hidden + self.post_attention_layernorm(attended), index)
             fed = self.mlp(self.pre_feedforward_layernorm(hidden))
             return hidden + self.post_feedforward_layernorm(fed), weights
-        hidden = hidden + attended
+        hidden = _at_positions(hidden + attended, index)
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), weights
 
 
@@ -129,6 +135,7 @@ class GemmaModel(nn.Module):
         hidden: Tensor,
         attend: Attend,
         *,
+        index: Tensor | None = None,
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
@@ -137,17 +144,20 @@ class GemmaModel(nn.Module):
         Args:
             hidden: Scaled embeddings [B, S, D].
             attend: Attention with its cache; called once for each layer, in order.
+            index: Positions whose result is wanted, int64 [B, L]; None for all. Of the last layer's
+                feed-forward, the largest part of a layer, only these are computed.
             hidden_states: If given, `hidden`, each layer's output but the last, and the result
                 are appended.
             attentions: If given, attention weights are appended where `attend` returns them.
 
         Returns:
-            Normalized hidden states [B, S, D].
+            Normalized hidden states [B, S or L, D].
         """
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, 1):
             if hidden_states is not None:
                 hidden_states.append(hidden)
-            hidden, weights = layer(hidden, attend)
+            is_last = number == len(self.layers)
+            hidden, weights = layer(hidden, attend, index if is_last else None)
             if attentions is not None and weights is not None:
                 attentions.append(weights)
         hidden = self.norm(hidden)
@@ -222,6 +232,13 @@ class GemmaModel(nn.Module):
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             attentions=None if attentions is None else tuple(attentions),
         )
+
+
+def _at_positions(hidden: Tensor, index: Tensor | None) -> Tensor:
+    """Return rows of [B, S, D] at positions int64 [B, L], as [B, L, D]; all of them if None."""
+    if index is None:
+        return hidden
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 @torch.no_grad()

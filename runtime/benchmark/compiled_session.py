@@ -145,6 +145,5 @@ def _logits(
         cache=_Slots(keys, values, positions),
         implementation="sdpa",
     )
-    hidden = model.model.decode_layers(model.model.embed(input_ids), attend)
-    picked = hidden.gather(1, logits_index[..., None].expand(-1, -1, hidden.shape[-1]))
-    return model.logits(picked)
+    hidden = model.model.decode_layers(model.model.embed(input_ids), attend, index=logits_index)
+    return model.logits(hidden)

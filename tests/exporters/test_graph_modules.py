@@ -57,6 +57,19 @@ def test_prefill_and_decode_equal_forward(
             torch.testing.assert_close(logits[:, 0], wanted[rows, pos], atol=ATOL, rtol=RTOL)
 
 
+def test_the_last_feed_forward_runs_only_where_logits_are_asked_for(
+    model: GemmaForCausalLM, random_tokens: Callable[..., Tensor]
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    start, index = torch.zeros(2, dtype=torch.int64), torch.tensor([[8, 2], [0, 0]])
+    with torch.no_grad():
+        PrefillModule(model)(random_tokens(2, 9), start, index, *new_cache(model.config, 2))
+    size = model.config.hidden_size
+    assert seen == [(2, 9, size)] * (len(model.model.layers) - 1) + [(2, 2, size)]
+
+
 def test_chunks_of_ragged_rows_equal_forward(
     model: GemmaForCausalLM, random_tokens: Callable[..., Tensor]
 ) -> None:
