@@ -12,6 +12,7 @@ environment of their own, which --help says how to set up; ours needs none of it
 
 import argparse
 import datetime as dt
+import itertools
 import json
 import shlex
 import sys
@@ -162,11 +163,18 @@ def _run(args: argparse.Namespace, command: str) -> dict[str, list[object]]:
             print_report(report)
             emit_columns(memory_rows(report), title="Our memory and load time beside theirs")
             print(f"{BANDWIDTH}: {report.environment[BANDWIDTH]}")
-        file = args.results / f"{dt.datetime.now(dt.UTC).date()}-rivals-{shape}.md"
+        file = unused(args.results / f"{dt.datetime.now(dt.UTC).date()}-rivals-{shape}.md")
         file.write_text(to_markdown(shape, reports, command), encoding="utf-8")
         _say(f"wrote {file}")
         found[shape] = [report.to_dict() for report in reports]
     return found
+
+
+def unused(path: Path) -> Path:
+    """Return the path, or the first of NAME-2, NAME-3, ... that is not there: results are kept."""
+    names = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+    candidates = (path.with_name(f"{name}{path.suffix}") for name in names)
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""The command's own part: its line in the results."""
+"""The command's own part: its line in the results, and where these go."""
 
-from benchmarks.rivals import repeatable_command
+from pathlib import Path
+
+from benchmarks.rivals import repeatable_command, unused
 
 
 def test_the_command_in_a_result_names_no_path_of_this_machine() -> None:
@@ -10,3 +12,12 @@ def test_the_command_in_a_result_names_no_path_of_this_machine() -> None:
         "python -m benchmarks.rivals --shape g2b --prompt-tokens 256,4096 "
         "--export-options '--int4 --auto' --rivals-python rivals-venv/bin/python"
     )
+
+
+def test_results_of_the_same_day_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "2026-11-23-rivals-g2b.md"
+    names = []
+    for _ in range(3):
+        names.append(unused(path).name)
+        unused(path).touch()
+    assert names == [path.name, "2026-11-23-rivals-g2b-2.md", "2026-11-23-rivals-g2b-3.md"]
