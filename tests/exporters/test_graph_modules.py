@@ -11,6 +11,7 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.graph_modules import DecodeModule, PrefillModule, meta_model
 from gemma_deploy.graph_spec import graph_spec
 from gemma_deploy.model import GemmaForCausalLM
+from gemma_deploy.model.feed_forward import GemmaFeedForward
 from gemma_deploy.model.norm import RMSNorm
 
 TinyFolders = Callable[..., Path]
@@ -61,8 +62,9 @@ def test_the_last_feed_forward_runs_only_where_logits_are_asked_for(
     model: GemmaForCausalLM, random_tokens: Callable[..., Tensor]
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    for module in model.modules():
+        if isinstance(module, GemmaFeedForward):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     start, index = torch.zeros(2, dtype=torch.int64), torch.tensor([[8, 2], [0, 0]])
     with torch.no_grad():
         PrefillModule(model)(random_tokens(2, 9), start, index, *new_cache(model.config, 2))
