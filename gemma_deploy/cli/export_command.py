@@ -72,7 +72,7 @@ A folder of that name wins over the hub.
     "--cache-dtype",
     type=click.Choice(["float32", "float16", "int8"]),
     help="What the KV cache holds on ONNX Runtime; elsewhere it is what the graphs compute in. int8 is a "
-    "quarter of float32 and several times as fast behind a long prompt; its scales are measured on the "
+    "quarter of float32 and decodes faster behind a long prompt; its scales are measured on the "
     "calibration text. [default: what the graphs compute in]",
 )
 @quantization_options
