@@ -14,7 +14,7 @@ from gemma_deploy.model.attention import GemmaAttention
 
 HEADROOM: Final = 2.0
 """Another text may reach higher than the measured one, and what lies beyond is cut off: on
-samples/tiny-gemma 1 costs ten times the KL of 2, which costs half as much again as the best, 1.5."""
+samples/tiny-gemma 1 costs nine times the KL of 2, which costs half as much again as the best, 1.5."""
 
 _LARGEST_CODE = 127
 

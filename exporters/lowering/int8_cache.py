@@ -4,10 +4,9 @@ A channel's code is its number over a scale of its own, rounded. Query and keys 
 channel, so that the query takes the keys' scales, and the output those of the values: the kernel itself
 needs no scale, and its fastest form, of one scale for all, is exact.
 
-ONNX Runtime's int8 kernel is two to three times as fast as float32's on one token, and five times
-as slow on a prompt: its products of several queries are not blocked. So an If asks how many tokens
-there are. Behind several, the cache is widened once and the float32 kernel attends to what the codes
-say, so that both branches compute the same.
+ONNX Runtime's int8 kernel is two to three times as fast as float32's on one token, and three to
+five times as slow on a prompt. So an If asks how many tokens there are. For several, the cache is
+widened once and the float32 kernel attends to what the codes say: both branches compute the same.
 """
 
 from collections.abc import Callable, Sequence

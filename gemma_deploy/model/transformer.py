@@ -53,11 +53,13 @@ class GemmaDecoderLayer(nn.Module):
         """
         attended, weights = self.self_attn(self.input_layernorm(hidden), attend)
         if self.has_post_norms:
-            hidden = _at_positions(hidden + self.post_attention_layernorm(attended), index)
-            fed = self.mlp(self.pre_feedforward_layernorm(hidden))
+            hidden = hidden + self.post_attention_layernorm(attended)
+            fed = self.mlp(_at_positions(self.pre_feedforward_layernorm(hidden), index))
+            hidden = _at_positions(hidden, index)
             return hidden + self.post_feedforward_layernorm(fed), weights
-        hidden = _at_positions(hidden + attended, index)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), weights
+        hidden = hidden + attended
+        fed = self.mlp(_at_positions(self.post_attention_layernorm(hidden), index))
+        return _at_positions(hidden, index) + fed, weights
 
 
 class GemmaModel(nn.Module):
