@@ -7,8 +7,13 @@ needs no scale, and its fastest form, of one scale for all, is exact.
 ONNX Runtime's int8 kernel is two to three times as fast as float32's on one token, and three to
 five times as slow on a prompt. So an If asks how many tokens there are. For several, the cache is
 widened once and the float32 kernel attends to what the codes say: both branches compute the same.
+
+For one token it has two forms. The one it prefers widens the values block by block before it multiplies;
+the other, for what the first cannot do (a head's sink, for one), multiplies with the codes as they lie.
+So every head gets a sink of minus infinity, which takes nothing from any token.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -21,8 +26,8 @@ CONTRIB: Final = "com.microsoft"
 GROUP_QUERY_ATTENTION: Final = "GroupQueryAttention"
 
 _FLOAT = ir.DataType.FLOAT
-_NO_INPUTS = (None,) * 5
-"""Between the lengths and the scales GroupQueryAttention has others, which are left out."""
+_NO_INPUTS = (None,) * 4
+"""Between the lengths and the sinks GroupQueryAttention has others, which are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +107,7 @@ class _Step:
 
 def _of_one_token(write: NodeWriter, step: _Step) -> Sequence[ir.Value]:
     one = write.op("Constant", value_floats=[1.0])
+    sinks = write.op("Constant", value_floats=[-math.inf] * step.attributes["num_heads"])
     return write.ops(
         GROUP_QUERY_ATTENTION,
         step.query,
@@ -110,6 +116,7 @@ def _of_one_token(write: NodeWriter, step: _Step) -> Sequence[ir.Value]:
         step.lengths.last,
         step.lengths.longest_int32,
         *_NO_INPUTS,
+        sinks,
         one,
         one,
         num_outputs=3,

@@ -27,6 +27,7 @@ CAPACITY = 48
 # the next code, which these models amplify; without any rounding it is ten times as much.
 MEAN_SHARE = 0.01
 MOST_SHARE = 0.2
+SINKS = 11  # which input of GroupQueryAttention
 
 Checkpoints = Callable[[str], Path]
 Oracle = Callable[..., Any]
@@ -184,6 +185,20 @@ def test_caches_bound_in_place(
         np.testing.assert_array_equal(bound, logits)
         for ours, theirs in zip(in_place, cache, strict=True):
             np.testing.assert_array_equal(ours[:, :, :stop], theirs[:, :, :stop])
+
+
+def test_one_token_multiplies_with_the_codes_as_they_lie(
+    name: str, int8_bundle: Checkpoints
+) -> None:
+    """ONNX Runtime takes the slower, blockwise form where a head has no sink."""
+    graph = onnx.load(int8_bundle(name) / "decode.onnx", load_external_data=False).graph
+    constants = {x.name: x for x in graph.initializer}
+    attentions = [x for x in graph.node if x.op_type == "GroupQueryAttention"]
+    assert attentions
+    for node in attentions:
+        (num_heads,) = (x.i for x in node.attribute if x.name == "num_heads")
+        sinks = onnx.numpy_helper.to_array(constants[node.input[SINKS]])
+        assert sinks.tolist() == [-np.inf] * num_heads
 
 
 def test_what_lies_beyond_the_scale_is_cut_off(
