@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.arguments import two_or_more, whole_number, whole_numbers
 from benchmarks.gpu_results import GOALS, Run, goal_rows, markdown, overall
 from benchmarks.shapes import SHAPES, add_small_tokenizer, shape_config, write_random_checkpoint
 from gemma_deploy.capability import Capability
@@ -216,21 +217,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="repeatable (all)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (both)")
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (cuda)")
-    parser.add_argument("--prompt-tokens", type=_numbers, default=(256, 2048), metavar="N,...")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--batch-size", type=_numbers, default=(1,), metavar="N,...")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--prompt-tokens", type=whole_numbers, default=(256, 2048), metavar="N,...")
+    parser.add_argument("--new-tokens", type=two_or_more, default=128, metavar="N")
+    parser.add_argument("--batch-size", type=whole_numbers, default=(1,), metavar="N,...")
+    parser.add_argument("--rounds", type=whole_number, default=7, metavar="N")
     parser.add_argument("--folder", type=Path, help="where to keep bundles, engines and rounds")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="where the results go")
     parser.add_argument("--name", help="for the results (the GPU's)")
     return parser.parse_args()
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers from 1 on, with commas")
-    return tuple(map(int, parts))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.markdown import table
 from gemma_deploy.cli.bench_rows import (
     Rows,
     contender_facts,
@@ -150,8 +151,8 @@ def best_decode(runs: Sequence[Run]) -> Run | None:
 
 def markdown(title: str, command: str, environment: Mapping[str, str], runs: Sequence[Run]) -> str:
     """Return the file that is kept: the goals, each run's tables, and where they were measured."""
-    lines = [f"# {title}", "", f"`{command}`", "", *_table([("", ""), *environment.items()])]
-    lines += ["", "## Goals, for the 2B shape at batch 1", "", *_table(goal_rows(runs))]
+    lines = [f"# {title}", "", f"`{command}`", "", table([("", ""), *environment.items()])]
+    lines += ["", "## Goals, for the 2B shape at batch 1", "", table(goal_rows(runs))]
     fastest = best_decode(runs)
     if fastest is not None:
         lines += ["", f"The fastest decode: {fastest}."]
@@ -165,26 +166,17 @@ def _run_lines(run: Run) -> Iterator[str]:
         yield f"Did not run: {run.reason}"
         return
     report = run.report
-    yield from _table([("contender", "what ran"), *contender_facts(report)])
+    yield table([("contender", "what ran"), *contender_facts(report)])
     yield ""
-    yield from _table(cost_rows(report))
+    yield table(cost_rows(report))
     limits = roofline_facts(report)
     if limits:
         yield ""
-        yield from _table([("the machine at its best, the model's needs", ""), *limits])
+        yield table([("the machine at its best, the model's needs", ""), *limits])
     for case in report.cases():
         yield from ("", f"### {case}", "")
-        yield from _table(rate_rows(report, case))
+        yield table(rate_rows(report, case))
         yield ""
-        yield from _table(latency_rows(report, case))
+        yield table(latency_rows(report, case))
         for phase, share in share_facts(report, case):
             yield from ("", f"{phase}: {share}.")
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Yield a table; what would end a cell early is escaped."""
-    for number, row in enumerate(rows):
-        cells = (" ".join(cell.replace("|", r"\|").split()) for cell in row)
-        yield f"| {' | '.join(cells)} |"
-        if number == 0:
-            yield "|" + "---|" * len(row)

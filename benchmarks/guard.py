@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from benchmarks.arguments import two_or_more, whole_number
 from benchmarks.guard_trees import PHASES, Runner, checked_out, count_instructions, model_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,23 +166,17 @@ def _arguments() -> argparse.Namespace:
         metavar="OPTIONS",
         help="for a checkpoint: options of `gemma-deploy export`, after =",
     )
-    parser.add_argument("--prompt-tokens", type=_positive, default=256, metavar="N")
-    parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="at least 2")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="(one per core)")
-    parser.add_argument("--rounds", type=_positive, default=15, metavar="N")
+    parser.add_argument("--prompt-tokens", type=whole_number, default=256, metavar="N")
+    parser.add_argument(
+        "--new-tokens", type=two_or_more, default=64, metavar="N", help="at least 2"
+    )
+    parser.add_argument("--threads", type=whole_number, metavar="N", help="(one per core)")
+    parser.add_argument("--rounds", type=whole_number, default=15, metavar="N")
     parser.add_argument("--limit-percent", type=float, default=5.0, metavar="X")
     args = parser.parse_args()
-    if args.new_tokens < 2:
-        parser.error("--new-tokens is 1; the first token is prefill's, so give at least 2")
     if not args.model.is_dir():
         parser.error(f"{args.model} is not a folder: give a bundle or a checkpoint")
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1 on")
-    return int(text)
 
 
 def main() -> None:

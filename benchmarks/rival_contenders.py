@@ -47,22 +47,30 @@ class Rival:
 _LLAMA_CPP: Final = ("llama_cpp", "gguf")
 _GENAI: Final = ("onnxruntime_genai", "onnx_ir", "torch", "transformers")
 _TRANSFORMERS: Final = ("torch", "transformers")
-_Q4_0: Final = "Q4_0 in all matrices, float16 KV cache, no flash attention"
+_Q4_0: Final = "Q4_0 in all matrices"
+_HALF_CACHE: Final = "float16 KV cache, no flash attention"
 
 RIVALS: Final = {
     "llama.cpp": Rival(
         program="llama_cpp_program",
         model="gguf",
         modules=_LLAMA_CPP,
-        description=f"{_Q4_0}, weights read into memory",
-        settings=("mmap=off", "flash_attention=off"),
+        description=f"{_Q4_0}, {_HALF_CACHE}, weights read into memory",
+        settings=("mmap=off", "flash_attention=off", "cache=F16"),
     ),
     "llama.cpp-mmap": Rival(
         program="llama_cpp_program",
         model="gguf",
         modules=_LLAMA_CPP,
-        description=f"{_Q4_0}, weights mapped (its default)",
-        settings=("mmap=on", "flash_attention=off"),
+        description=f"{_Q4_0}, {_HALF_CACHE}, weights mapped (its default)",
+        settings=("mmap=on", "flash_attention=off", "cache=F16"),
+    ),
+    "llama.cpp-8-bit-cache": Rival(
+        program="llama_cpp_program",
+        model="gguf",
+        modules=_LLAMA_CPP,
+        description=f"{_Q4_0}, Q8_0 KV cache, flash attention, weights read into memory",
+        settings=("mmap=off", "flash_attention=on", "cache=Q8_0"),
     ),
     "onnxruntime-genai": Rival(
         program="genai_program",

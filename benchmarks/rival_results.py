@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from benchmarks.markdown import bullets, table
 from benchmarks.rival_contenders import RIVALS
 from benchmarks.rival_processes import Turn
 from gemma_deploy.cli.bench_rows import (
@@ -153,17 +154,17 @@ def to_markdown(shape: str, reports: Sequence[BenchReport], command: str) -> str
     parts = [
         f"# Beside the rivals, {shape}, {date}",
         f"`{command}`, random weights. {_HOW}",
-        _bullets(contender_facts(reports[0])),
+        bullets(contender_facts(reports[0])),
     ]
     for report in reports:
         (case,) = report.cases()
         parts += [
             f"## {str(case).capitalize()}",
-            _table(rate_rows(report, case)),
-            _table(latency_rows(report, case)),
-            _table(cost_rows(report)),
-            _table(memory_rows(report)),
-            _bullets(
+            table(rate_rows(report, case)),
+            table(latency_rows(report, case)),
+            table(cost_rows(report)),
+            table(memory_rows(report)),
+            bullets(
                 [
                     (BANDWIDTH, report.environment[BANDWIDTH]),
                     *roofline_facts(report)[1:],  # without the bandwidth, which is the line above
@@ -172,14 +173,4 @@ def to_markdown(shape: str, reports: Sequence[BenchReport], command: str) -> str
             ),
         ]
     environment = [(k, v) for k, v in reports[0].environment.items() if k != BANDWIDTH]
-    return "\n\n".join([*parts, "## Environment", _bullets(environment)]) + "\n"
-
-
-def _bullets(facts: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in facts)
-
-
-def _table(rows: Rows) -> str:
-    first, *others = [f"| {' | '.join(row)} |" for row in rows]
-    rule = f"|{'---|' * len(rows[0])}"
-    return "\n".join([first, rule, *others])
+    return "\n\n".join([*parts, "## Environment", bullets(environment)]) + "\n"

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from benchmarks.arguments import two_or_more, whole_number, whole_numbers
 from benchmarks.rival_contenders import RIVALS, SETUP, check_installed
 from benchmarks.rival_models import OURS_COMMAND, ROOT, RivalModels
 from benchmarks.rival_processes import Turn, run_turn
@@ -90,28 +91,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError("expected whole numbers from 1 on, separated by commas")
-    return numbers
-
-
-def _at_least(least: int, text: str) -> int:
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on")
-    return number
-
-
-def _from_1(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _from_2(text: str) -> int:
-    return _at_least(2, text)
-
-
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -123,11 +102,11 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--shape", choices=SHAPES, action="append", help="repeatable (g270m)")
     add("--rival", choices=RIVALS, action="append", help="repeatable (all)")
     add("--rivals-python", type=Path, required=True, help="the Python that rivals run on")
-    add("--prompt-tokens", type=_numbers, default=[256], help="lengths, with commas (256)")
-    add("--new-tokens", type=_from_2, default=64, help="tokens to generate (64)")
-    add("--threads", type=_from_1, default=2, help="threads of everyone's kernels (2)")
-    add("--rounds", type=_from_1, default=5, help="turns of each, in a fresh process (5)")
-    add("--repeats", type=_from_1, default=3, help="rounds to time within a process (3)")
+    add("--prompt-tokens", type=whole_numbers, default=(256,), help="lengths, with commas (256)")
+    add("--new-tokens", type=two_or_more, default=64, help="tokens to generate (64)")
+    add("--threads", type=whole_number, default=2, help="threads of everyone's kernels (2)")
+    add("--rounds", type=whole_number, default=5, help="turns of each, in a fresh process (5)")
+    add("--repeats", type=whole_number, default=3, help="rounds to time within a process (3)")
     add("--export-options", default=_EXPORT_OPTIONS, help=f'our bundle\'s ("{_EXPORT_OPTIONS}")')
     add("--bench-options", default="", help="more options for `gemma-deploy bench`")
     add("--folder", type=Path, default=ROOT / "build" / "rivals", help="models (build/rivals)")

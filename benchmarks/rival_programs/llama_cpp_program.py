@@ -1,7 +1,7 @@
 """Time llama.cpp, through the functions of its C library, as llama-cpp-python binds them.
 
 Not through the class `Llama`: it would fill batches token by token in Python, and compute a long
-prompt's logits once for every 512 tokens. Keys and values are float16, as in llama.cpp's own programs.
+prompt's logits once for every 512 tokens.
 """
 
 import ctypes
@@ -45,6 +45,7 @@ class LlamaCpp:
         length = len(job.prompt) + job.new_tokens
         params = self._library.llama_context_default_params()
         is_flash = job.settings["flash_attention"] == "on"
+        cache_type = getattr(self._library, f"GGML_TYPE_{job.settings['cache']}")
         _set(
             params,
             n_ctx=-(-length // _CONTEXT_STEP) * _CONTEXT_STEP,
@@ -52,6 +53,8 @@ class LlamaCpp:
             n_ubatch=min(len(job.prompt), _UBATCH_TOKENS),
             n_threads=job.threads,
             n_threads_batch=job.threads,
+            type_k=cache_type,
+            type_v=cache_type,
             flash_attn_type=self._library.LLAMA_FLASH_ATTN_TYPE_ENABLED
             if is_flash
             else self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED,

@@ -12,7 +12,7 @@ from gemma_deploy.model.attend import CachedAttention
 from gemma_deploy.model.heads import GemmaForCausalLM
 from gemma_deploy.model.kv_cache import Step
 from gemma_deploy.model.masks import StepMasks
-from gemma_deploy.runtime.sessions.session import Int64Array, KVCache, StepLogits
+from gemma_deploy.runtime.sessions.session import Int64Array, KVCache, StepLogits, own_cache
 from gemma_deploy.runtime.sessions.torch_session import TorchCache, TorchSession
 
 MODE: Final = "reduce-overhead"
@@ -62,10 +62,7 @@ class CompiledTorchSession(TorchSession):
                 f"a compiled step of {num_tokens} tokens at {input_pos.tolist()}: expected rows of one "
                 "length, and each prompt in one step"
             )
-        if not isinstance(cache, TorchCache):
-            raise SessionError(
-                f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
-            )
+        cache = own_cache(cache, TorchCache)
         positions = torch.from_numpy(np.arange(start, start + num_tokens)).to(self._torch_device)
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         try:

@@ -3,14 +3,13 @@
 import datetime as dt
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from gemma_deploy.cuda_driver import pci_bus_id, read_driver
 from gemma_deploy.machine import package_versions, read_cpu, read_memory_bytes, usable_cores
+from gemma_deploy.runtime.benchmark.nvidia_smi import ask_nvidia_smi
 from gemma_deploy.runtime.devices import Device
 
 # What nvidia-smi calls it, and what we do. https://docs.nvidia.com/deploy/nvidia-smi/
@@ -22,7 +21,6 @@ _GPU_QUERIES: Final = {
     "clocks.max.mem": "GPU memory clock, highest",
     "power.limit": "GPU power limit",
 }
-_NVIDIA_SMI_TIMEOUT_S: Final = 20
 
 
 def read_environment(*, threads: int | None, device: str) -> dict[str, str]:
@@ -104,23 +102,14 @@ def _gpu_facts(index: int) -> dict[str, str]:
         "CUDA of the driver": cuda_version,
     }
     bus_id = pci_bus_id(index)
-    return facts if bus_id is None else facts | _ask_nvidia_smi(bus_id)
+    return facts if bus_id is None else facts | _driver_facts(bus_id)
 
 
-def _ask_nvidia_smi(bus_id: str) -> dict[str, str]:
+def _driver_facts(bus_id: str) -> dict[str, str]:
     """Return the driver's version, clocks and power limit; nothing where the tool is not there."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
     query = f"--query-gpu={','.join(_GPU_QUERIES)}"
-    command = [program, f"--id={bus_id}", query, "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(  # noqa: S603 - the driver's own tool, found on the path
-            command, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return parse_nvidia_smi(answer.stdout)
+    lines = ask_nvidia_smi(f"--id={bus_id}", query, "--format=csv,noheader")
+    return parse_nvidia_smi(lines[0]) if lines else {}
 
 
 def parse_nvidia_smi(line: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from gemma_deploy.runtime.sessions.session import (
     KVCache,
     SessionLimits,
     StepLogits,
+    own_cache,
 )
 from gemma_deploy.runtime.sessions.torch_session import resolve_device
 
@@ -131,10 +132,7 @@ class TransformersSession:
             SessionError: Rows of several lengths, a step that is not the next one, logits of another
                 position than the last, or torch failed.
         """
-        if not isinstance(cache, TransformersCache):
-            raise SessionError(
-                f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
-            )
+        cache = own_cache(cache, TransformersCache)
         num_tokens = input_ids.shape[1]
         if not input_pos.any():
             cache.static.reset()

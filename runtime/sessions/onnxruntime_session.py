@@ -22,6 +22,7 @@ from gemma_deploy.runtime.sessions.session import (
     KVCache,
     SessionLimits,
     StepLogits,
+    own_cache,
 )
 
 # Earlier ones load such a graph, but for 1.24, and fail in the first step.
@@ -119,12 +120,9 @@ class OnnxRuntimeSession:
         ONNX Runtime's GroupQueryAttention continues rows by several tokens only one row at a time,
         so such a step runs its rows in turn; graphs of standard operators continue all of them.
         """
-        if not isinstance(cache, CacheBuffers):
-            raise SessionError(
-                f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
-            )
+        cache = own_cache(cache, CacheBuffers)
         batch_size, num_tokens = input_ids.shape
-        if input_pos.size and int(input_pos.max()) + num_tokens > cache.max_seq_len:
+        if max(input_pos.tolist(), default=0) + num_tokens > cache.max_seq_len:
             raise SessionError(
                 f"{num_tokens} tokens at position {int(input_pos.max())} do not fit a KV cache of "
                 f"{cache.max_seq_len} tokens: allocate a longer one"

@@ -1,12 +1,13 @@
 """What every backend does: `Session` runs one step, `KVCache` is the memory between steps."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.errors import SessionError
 
 Int64Array = npt.NDArray[np.int64]
 Array = Any
@@ -29,6 +30,22 @@ class KVCache(Protocol):
     def rows(self, start: int, stop: int) -> Self:
         """Return a cache of the rows start, ..., stop - 1 that shares this one's memory."""
         ...
+
+
+_Cache = TypeVar("_Cache")
+
+
+def own_cache(cache: KVCache, kind: type[_Cache]) -> _Cache:
+    """Return the cache, which must be of the kind that the session allocates.
+
+    Raises:
+        SessionError: It is another session's.
+    """
+    if not isinstance(cache, kind):
+        raise SessionError(
+            f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
+        )
+    return cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

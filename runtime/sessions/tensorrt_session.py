@@ -31,6 +31,7 @@ from gemma_deploy.runtime.sessions.session import (
     KVCache,
     SessionLimits,
     StepLogits,
+    own_cache,
 )
 from gemma_deploy.tensorrt import TensorRTLibrary, load_library
 from gemma_deploy.tensorrt.gpu import require_gpu
@@ -132,10 +133,7 @@ class TensorRTSession:
         num_candidates: int | None = None,
     ) -> StepLogits:
         """Run S tokens of each row; see `Session.step`."""
-        if not isinstance(cache, CacheBuffers):
-            raise SessionError(
-                f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
-            )
+        cache = own_cache(cache, CacheBuffers)
         self._check_step(input_ids, input_pos, logits_index, cache)
         is_decode = input_ids.shape[1] == 1 == logits_index.shape[1]
         limits = self._manifest.build.limits

@@ -19,6 +19,7 @@ from gemma_deploy.runtime.sessions.session import (
     KVCache,
     SessionLimits,
     StepLogits,
+    own_cache,
 )
 
 
@@ -137,10 +138,7 @@ class TorchSession:
         num_candidates: int | None = None,  # noqa: ARG002 - the protocol's; all are on the device already
     ) -> StepLogits:
         """Run S tokens of each row; see `Session.step`. All logits are given."""
-        if not isinstance(cache, TorchCache):
-            raise SessionError(
-                f"cache is a {type(cache).__name__}; expected one from this session's new_cache"
-            )
+        cache = own_cache(cache, TorchCache)
         model = self._loaded()
         positions = self._positions(input_pos, input_ids.shape[1], cache.static)
         try:
