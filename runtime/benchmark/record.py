@@ -4,9 +4,12 @@ The file is lines of JSON, each written as soon as it is known: what was asked f
 contenders and whole rounds. A process that is killed loses the round it was in.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,10 +85,11 @@ class BenchRecord:
         return None if contender is None else contender.skipped
 
     def add_round(self, case: BenchCase, times: Mapping[str, RoundTimes]) -> None:
-        """Keep a whole round: what every contender took, by name."""
-        self._rounds.setdefault(case, []).append(dict(times))
-        rounds = {name: dataclasses.asdict(x) for name, x in times.items()}
-        self._append({"case": dataclasses.asdict(case), "round": rounds})
+        """Keep a whole round: what every contender took, by name. Ctrl-C waits until it is kept."""
+        with _uninterrupted():
+            self._rounds.setdefault(case, []).append(dict(times))
+            rounds = {name: dataclasses.asdict(x) for name, x in times.items()}
+            self._append({"case": dataclasses.asdict(case), "round": rounds})
 
     def add_contender(self, contender: Contender) -> None:
         """Keep what is known of a contender; its peaks never shrink."""
@@ -184,6 +188,28 @@ class BenchRecord:
         else:
             contender = Contender(**line["contender"])
             self._contenders[contender.name] = contender
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block, so that memory and file hold the same."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is None or threading.current_thread() is not threading.main_thread():
+        yield  # nobody here is interrupted, or not by Python
+        return
+    has_come = False
+
+    def wait(*_: object) -> None:
+        nonlocal has_come
+        has_come = True
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if has_come:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _merged(known: Contender, new: Contender) -> Contender:

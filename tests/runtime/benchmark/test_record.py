@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,23 @@ def test_what_the_file_gives_back_is_what_was_measured(plan: BenchPlan, file: Pa
         ("torch-eager", plan.cases[0], 2),
         (OURS, plan.cases[1], 1),
     ]
+
+
+class Interrupting(dict[str, RoundTimes]):
+    """Times of a round that Ctrl-C hits while they are written."""
+
+    def items(self) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return super().items()
+
+
+def test_ctrl_c_waits_until_a_round_is_kept(plan: BenchPlan, file: Path) -> None:
+    record = filled(plan, file)
+    with pytest.raises(KeyboardInterrupt):
+        record.add_round(plan.cases[1], Interrupting({OURS: times(5.0)}))
+    assert record.num_rounds(plan.cases[1]) == 2
+    assert BenchRecord(plan, ENVIRONMENT, file).report() == record.report()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_rounds_of_another_machine_are_shown_but_not_added_to(plan: BenchPlan, file: Path) -> None:
