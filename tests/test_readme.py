@@ -25,4 +25,5 @@ def test_the_tour(tmp_path: Path) -> None:
 
     python = [sys.executable, "-W", "error", "-c", block("python")]
     output = subprocess.run(python, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert output.splitlines()[-1] != ""
+    # Sampled, so it may well end with empty lines.
+    assert output.partition("Return a list of")[2].strip() != ""
