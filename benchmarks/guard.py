@@ -168,7 +168,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prompt-tokens", type=whole_number, default=256, metavar="N")
     parser.add_argument(
-        "--new-tokens", type=two_or_more, default=64, metavar="N", help="at least 2"
+        "--new-tokens",
+        type=two_or_more,
+        default=64,
+        metavar="N",
+        help="from 2 on: the first is prefill's",
     )
     parser.add_argument("--threads", type=whole_number, metavar="N", help="(one per core)")
     parser.add_argument("--rounds", type=whole_number, default=15, metavar="N")
