@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/gemma-deploy generate $(DEMO_BUNDLE) "The for statement is used to" --max-new-tokens 60 --repetition-penalty 1.2
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadscope --max-worker-restart 0
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu

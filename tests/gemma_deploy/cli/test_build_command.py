@@ -191,8 +191,8 @@ def test_a_signal_ends_both_processes_and_leaves_nothing(
     folder = tmp_path / "bundle"
     shutil.copytree(half_bundle, folder, ignore=shutil.ignore_patterns("engines"))
     process = start("build", folder, "--backend", "tensorrt-rtx", *SMALL)
-    while b"building" not in process.stderr.readline():
-        pass
+    while b"building" not in (line := process.stderr.readline()):
+        assert line, process.wait()
     (child,) = map(
         int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     )
