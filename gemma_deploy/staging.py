@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: written beside its place, flushed, renamed."""
 
 import contextlib
+import enum
 import errno
 import os
 import re
@@ -95,25 +96,34 @@ def check_replaceable(output: Path, *, force: bool, replaceable: str) -> None:
         )
 
 
+class Lock(enum.Enum):
+    """What came of the wish to lock a folder."""
+
+    OURS = enum.auto()
+    HELD = enum.auto()
+    """Another process has it."""
+    IMPOSSIBLE = enum.auto()
+    """The file system or the operating system (Windows) locks no folders, or it is no folder."""
+
+
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Lock a folder, give whether that worked. The lock ends with the process, whatever ends it.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
+    """Lock a folder, give what came of it. The lock ends with the process, whatever ends it.
 
     Args:
         folder: An existing folder.
-        wait: Whether to wait for another holder; else that counts as not having worked, as does a
-            file system or an operating system (Windows) that locks no folders.
+        wait: Whether to wait for another holder.
     """
     if sys.platform == "win32":
-        yield False
+        yield Lock.IMPOSSIBLE
         return
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        yield False
+        yield Lock.IMPOSSIBLE
         return
     try:
-        yield _took_lock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _lock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(handle)
 
@@ -183,12 +193,14 @@ def _make_staging(output: Path, undo: contextlib.ExitStack) -> Path:
             return staging
 
 
-def _took_lock(handle: int, operation: int) -> bool:
+def _lock(handle: int, operation: int) -> Lock:
     try:
         fcntl.flock(handle, operation)
-    except OSError:  # someone else holds it, or this file system locks no folders
-        return False
-    return True
+    except BlockingIOError:
+        return Lock.HELD
+    except OSError:
+        return Lock.IMPOSSIBLE
+    return Lock.OURS
 
 
 def _clean_up_after_the_dead(output: Path) -> None:
@@ -198,8 +210,8 @@ def _clean_up_after_the_dead(output: Path) -> None:
     for folder in output.parent.iterdir():
         if not pattern.fullmatch(folder.name):
             continue
-        with locked(folder) as is_abandoned, contextlib.suppress(OSError):
-            if not is_abandoned:
+        with locked(folder) as lock, contextlib.suppress(OSError):
+            if lock is not Lock.OURS:
                 continue
             if folder.suffix == _RETIRED and not os.path.lexists(output):
                 folder.rename(output)

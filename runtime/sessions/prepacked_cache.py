@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from gemma_deploy.errors import ExportError, OutputExistsError, SessionError
 from gemma_deploy.file_records import sha256_of
-from gemma_deploy.staging import locked, staged_folder
+from gemma_deploy.staging import Lock, locked, staged_folder
 
 Loaded = TypeVar("Loaded")
 
@@ -53,7 +53,7 @@ class PrepackedCache:
 
     An entry is a folder `sha256(key)` with a model, its data and `entry.json`, which is what makes it
     an entry. It appears whole or not at all, and one process writes at a time. Where folders cannot be locked
-    (Windows, some network file systems) nothing is written.
+    (Windows, some network file systems) nothing can be written.
 
     What is in the folder is run as it is: it must belong to the user, as the bundles do.
 
@@ -108,13 +108,19 @@ class PrepackedCache:
             written this.
 
         Raises:
-            SessionError: Too little space, or the folder cannot be written. Nothing is left behind.
+            SessionError: Too little space, or the folder cannot be locked or written. Nothing is left
+                behind.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(self.folder.resolve()) as is_ours:  # a link cannot be locked
+            with locked(self.folder.resolve()) as lock:  # a link cannot be locked
+                if lock is Lock.IMPOSSIBLE:
+                    raise SessionError(
+                        f"the cache {self.folder} of prepacked weights cannot be locked: choose a "
+                        "folder on a local disk (Windows locks none)"
+                    )
                 # Someone else may have finished it since it was looked for.
-                if not is_ours or self.find(key) is not None:
+                if lock is Lock.HELD or self.find(key) is not None:
                     return None
                 self._remove_leftovers()
                 self._check_space(need_bytes)
@@ -145,8 +151,8 @@ class PrepackedCache:
         for entry in entries:
             _remove(entry.folder)
         if self.folder.is_dir():
-            with locked(self.folder.resolve()) as is_ours:
-                if is_ours:
+            with locked(self.folder.resolve()) as lock:
+                if lock is Lock.OURS:
                     self._remove_leftovers()
         return sum(x.size_bytes for x in entries if not x.folder.exists())
 

@@ -1,5 +1,7 @@
 """The folder itself; what ONNX Runtime writes into it is test_prepacked_graph.py's."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from gemma_deploy.runtime.sessions.prepacked_cache import (
     MODEL_FILE,
     PrepackedCache,
 )
-from gemma_deploy.staging import locked
+from gemma_deploy.staging import Lock, locked
 
 KEY = {"graph_sha256": "aa", "cpu": "one"}
 OTHER = {"graph_sha256": "aa", "cpu": "two"}
@@ -105,10 +107,22 @@ def test_a_failure_leaves_nothing_behind(cache: PrepackedCache) -> None:
 
 def test_one_writes_at_a_time(cache: PrepackedCache) -> None:
     cache.folder.mkdir(parents=True)
-    with locked(cache.folder) as is_ours:
-        assert is_ours
+    with locked(cache.folder) as lock:
+        assert lock is Lock.OURS
         assert cache.write(KEY, fill, source=GRAPH, need_bytes=1) is None
     assert cache.entries() == []
+
+
+def test_a_folder_that_cannot_be_locked_is_told(
+    cache: PrepackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_handle: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SessionError, match=r"cannot be locked: choose a folder on a local disk"):
+        cache.write(KEY, fill, source=GRAPH, need_bytes=1)
+    assert list(cache.folder.iterdir()) == []
 
 
 def test_what_another_has_just_written_is_not_written_again(cache: PrepackedCache) -> None:
