@@ -75,6 +75,22 @@ def test_contenders_say_what_they_were(bench_report: BenchReport) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        (
+            "crashed. It said last:\nTraceback:\n  x\nValueError: no",
+            "crashed. It said last: ... ValueError: no",
+        ),
+        ("crashed. It said last:\n(it said nothing)", "crashed. It said last: (it said nothing)"),
+    ],
+)
+def test_a_crash_is_shown_in_one_line(reason: str, shown: str, bench_report: BenchReport) -> None:
+    absent = dataclasses.replace(bench_report.contenders[2], skipped=reason)
+    report = dataclasses.replace(bench_report, contenders=(*bench_report.contenders[:2], absent))
+    assert contender_facts(report)[2] == ("absent", f"skipped: {shown}")
+
+
 def test_costs_leave_out_what_nobody_knows(bench_report: BenchReport) -> None:
     assert cost_rows(bench_report) == [
         ("", "load, s", "peak memory"),
