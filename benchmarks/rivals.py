@@ -5,9 +5,10 @@
 Run it in the repository's root. It makes a random checkpoint of each shape and converts it for everyone
 (kept in --folder for the next time; up to 15 GB, and onnxruntime-genai's builder takes 20 GB of memory
 at g2b), then lets all take turns, round after round, each in a fresh process: the machine's speed
-drifts, so only ratios within a round mean something. Written are a table to stdout, a file for each
-shape to benchmarks/results/, and one JSON object as the last line of stdout. Rivals live in an
-environment of their own, which --help says how to set up; ours needs none of it.
+drifts, so only ratios within a round mean something. Written are a file for each shape to
+benchmarks/results/, anew after every round, so that a run can be stopped in the middle; a table to
+stdout, and one JSON object as its last line. Rivals live in an environment of their own, which --help
+says how to set up; ours needs none of it.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -38,24 +39,36 @@ _OUR_WORKER: Final = "gemma_deploy.runtime.benchmark.worker"
 _EXPORT_OPTIONS: Final = "--int4 --block-size 128 --graphs onnxruntime"
 
 
-def measure(args: argparse.Namespace, shape: str, prompt_tokens: int) -> BenchReport:
-    """Run all rounds of a case.
+def take_turns(
+    shape: str,
+    case: BenchCase,
+    commands: Mapping[str, Sequence[str | Path]],
+    *,
+    rounds: int,
+    threads: int,
+) -> Iterator[BenchReport]:
+    """Run a case, and yield a report of all rounds so far after each of them.
+
+    Args:
+        shape: Name of what is run.
+        case: What is run.
+        commands: Everyone's command line, by name.
+        rounds: How many.
+        threads: How many read memory when its bandwidth is measured.
 
     Raises:
         SessionError: Ours failed; rivals that do are left out from then on.
     """
-    case = BenchCase(prompt_tokens=prompt_tokens, new_tokens=args.new_tokens)
-    commands = _commands(args, shape, case)
     turns: dict[str, list[Turn]] = {name: [] for name in commands}
     failures: dict[str, str] = {}
-    bandwidths = [read_bandwidth(args.threads)]
-    for number in range(args.rounds):
+    bandwidths = [read_bandwidth(threads)]
+    for number in range(rounds):
         running = [name for name in commands if name not in failures]
         shift = number % len(running)
         # Nobody always follows the same neighbour.
         for name in running[shift:] + running[:shift]:
             watched = _OUR_WORKER if name == OURS else _PROGRAMS
-            _say(f"{shape}, {case}, round {number + 1} of {args.rounds}: {name} ...")
+            _say(f"{shape}, {case}, round {number + 1} of {rounds}: {name} ...")
             started_s = time.perf_counter()
             try:
                 turns[name].append(run_turn(commands[name], watched))
@@ -65,8 +78,8 @@ def measure(args: argparse.Namespace, shape: str, prompt_tokens: int) -> BenchRe
                 failures[name] = f"failed in round {number + 1}"
                 _say(str(err))
             _say(f"  {time.perf_counter() - started_s:.0f} s")
-        bandwidths.append(read_bandwidth(args.threads))
-    return build_report(shape, case, turns, failures, bandwidths)
+        bandwidths.append(read_bandwidth(threads))
+        yield build_report(shape, case, turns, failures, bandwidths)
 
 
 def _commands(args: argparse.Namespace, shape: str, case: BenchCase) -> dict[str, list[str | Path]]:
@@ -135,18 +148,31 @@ def _run(args: argparse.Namespace, command: str) -> dict[str, list[object]]:
     """Measure every shape and return everything, for programs."""
     found: dict[str, list[object]] = {}
     for shape in args.shape:
-        reports = []
+        kept: Path | None = None
+        reports: list[BenchReport] = []
         for prompt_tokens in args.prompt_tokens:
-            report = measure(args, shape, prompt_tokens)
+            case = BenchCase(prompt_tokens=prompt_tokens, new_tokens=args.new_tokens)
+            commands = _commands(args, shape, case)
+            for report in take_turns(
+                shape, case, commands, rounds=args.rounds, threads=args.threads
+            ):
+                date = dt.datetime.now(dt.UTC).date()
+                kept = kept or unused(args.results / f"{date}-rivals-{shape}.md")
+                _replace(kept, to_markdown(shape, [*reports, report], command))
+                _say(f"  kept in {kept}")
             reports.append(report)
             print_report(report)
             emit_columns(memory_rows(report), title="Our memory and load time beside theirs")
             print(f"{BANDWIDTH}: {report.environment[BANDWIDTH]}")
-        file = unused(args.results / f"{dt.datetime.now(dt.UTC).date()}-rivals-{shape}.md")
-        file.write_text(to_markdown(shape, reports, command), encoding="utf-8")
-        _say(f"wrote {file}")
         found[shape] = [report.to_dict() for report in reports]
     return found
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file that is the old or the new one, never a part."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def unused(path: Path) -> Path:
@@ -166,6 +192,9 @@ def main() -> None:
     except GemmaDeployError as err:
         _say(f"Error: {err}")
         raise SystemExit(err.exit_code) from err
+    except KeyboardInterrupt:
+        _say("Interrupted: the rounds that were whole are kept.")
+        raise SystemExit(130) from None
     print(json.dumps(found))
 
 
