@@ -40,12 +40,12 @@ def contender_facts(report: BenchReport) -> list[tuple[str, str]]:
 
 
 def _what_ran(contender: Contender) -> str:
-    skipped = f"skipped: {_shortened(contender.skipped)}" if contender.skipped is not None else ""
+    skipped = f"skipped: {_in_one_line(contender.skipped)}" if contender.skipped is not None else ""
     return "; ".join(part for part in (contender.description, skipped) if part) or _NOTHING
 
 
-def _shortened(reason: str) -> str:
-    """Return one line: a crash's reason goes on with what the process printed, and ends with why."""
+def _in_one_line(reason: str) -> str:
+    """Return a reason's first and last line: between them is what a crashed process printed before."""
     first, *rest = reason.splitlines() or [""]
     return f"{first} ... {rest[-1].strip()}" if len(rest) > 1 else " ".join([first, *rest])
 
