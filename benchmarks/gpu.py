@@ -37,13 +37,13 @@ from benchmarks.arguments import two_or_more, whole_number, whole_numbers
 from benchmarks.gpu_results import GOALS, Run, goal_rows, markdown, overall
 from benchmarks.shapes import SHAPES, add_small_tokenizer, shape_config, write_random_checkpoint
 from gemma_deploy.capability import Capability
-from gemma_deploy.checkpoint import SINGLE_FILE
 from gemma_deploy.cli.console import column_lines
 from gemma_deploy.doctor import capabilities
 from gemma_deploy.machine import Machine, read_machine
 from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.runtime.benchmark.environment import read_environment
 from gemma_deploy.runtime.benchmark.results import BenchReport
+from gemma_deploy.safetensors_files import SINGLE_FILE
 
 BACKENDS = {
     "onnxruntime": ("ONNX Runtime on CUDA",),

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_deploy.bundle import WEIGHTS_FILE
-from gemma_deploy.checkpoint import SINGLE_FILE
+from gemma_deploy.safetensors_files import SINGLE_FILE
 from samples.tiny_gemma_documents import read_documents
 
 CHECKPOINT = Path("samples/tiny-gemma")

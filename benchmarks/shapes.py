@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
+from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig, ModelType
+from gemma_deploy.safetensors_files import SINGLE_FILE
 
 SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
 """Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""

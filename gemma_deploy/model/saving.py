@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from gemma_deploy.checkpoint import SINGLE_FILE
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.safetensors_files import SINGLE_FILE
 
 _ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_deploy.bundle import WEIGHTS_FILE, Bundle
-from gemma_deploy.checkpoint import SINGLE_FILE, Checkpoint
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import CONFIG_FILE
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.bundle_files import BundlePlan, write_bundle
@@ -25,6 +25,7 @@ from gemma_deploy.inspection import inspect_folder
 from gemma_deploy.quantization.codes import Quantized, dequantize, unpack
 from gemma_deploy.quantization.formats import WeightFormat, scales_name
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+from gemma_deploy.safetensors_files import SINGLE_FILE
 
 if TYPE_CHECKING:
     from tests.conftest import Oracle

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gemma_deploy.checkpoint import SINGLE_FILE, expected_tensors
+from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.exporters.engine import build_engine
 from gemma_deploy.exporters.export import export_checkpoint
+from gemma_deploy.safetensors_files import SINGLE_FILE
 
 if TYPE_CHECKING:
     from tests.exporters.engine.conftest import Options

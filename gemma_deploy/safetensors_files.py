@@ -1,0 +1,116 @@
+"""Safetensors files of a checkpoint folder: which there are, and what their headers say.
+
+The file format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from gemma_deploy.errors import CheckpointError
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+
+_PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library itself
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's weights.
+
+    Raises:
+        CheckpointError: If there are none, only pickles, or an index that cannot be followed.
+    """
+    # The single file wins over an index, as in transformers.
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle ({pickles[0]}), which runs arbitrary code when "
+            "loaded and is refused. Expected model.safetensors: convert it with transformers' "
+            "save_pretrained, or download the safetensors version"
+        )
+    raise CheckpointError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: expected a folder in Hugging Face "
+        "layout. Download the checkpoint again, with its *.safetensors files"
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(
+            f"{index} cannot be read: {err!r}. Expected JSON with a weight_map of tensor names to "
+            "file names; download it again"
+        ) from err
+    for name in names:
+        # A shard is a file beside its index; anything else would let an index read foreign files.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise CheckpointError(
+                f"{index} points to {name!r}, which is outside the checkpoint's folder: refused. "
+                "Expected names of files beside the index"
+            )
+        if Path(name).suffix != ".safetensors":
+            raise CheckpointError(
+                f"{index} points to {name!r}; only *.safetensors shards are read. Pickle runs "
+                "arbitrary code when loaded and is refused: convert the checkpoint to safetensors"
+            )
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} is missing, yet {INDEX_FILE} lists it ({len(names)} shards): "
+                "download the checkpoint again"
+            )
+    return [folder / name for name in names]
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Return the header's entries by tensor name, with offsets counted from the file's start.
+
+    Raises:
+        CheckpointError: If the header cannot be read, or the file is shorter than it says.
+    """
+    file_bytes = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(
+                    f"{file} ({file_bytes} bytes) is not a safetensors file or is cut off in its "
+                    f"header (said to be {header_bytes} bytes): download it again"
+                )
+            header = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        _check_contiguous(entry["data_offsets"] for entry in header.values())
+        for entry in header.values():
+            begin, end = entry["data_offsets"]
+            entry["data_offsets"] = (begin + 8 + header_bytes, end + 8 + header_bytes)
+            entry["shape"] = tuple(int(size) for size in entry["shape"])
+            entry["dtype"] = str(entry["dtype"])
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as err:
+        raise CheckpointError(
+            f"{file} has an unreadable safetensors header: {err!r}. Download it again"
+        ) from err
+    expected_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
+    if file_bytes < expected_bytes:
+        raise CheckpointError(
+            f"{file} is truncated: {file_bytes} bytes, expected {expected_bytes} by its header. "
+            "Download it again"
+        )
+    return dict(header)
+
+
+def _check_contiguous(offsets: Iterable[list[int]]) -> None:
+    """Require tensors one after the other, without overlaps and holes, as the format does."""
+    end = 0
+    for begin, next_end in sorted(offsets):
+        if not (type(begin) is type(next_end) is int and begin == end <= next_end):
+            raise ValueError(f"data_offsets [{begin}, {next_end}] where byte {end} comes next")
+        end = next_end
