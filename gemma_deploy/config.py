@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gemma_deploy.errors import ConfigError
+from gemma_deploy.quoting import shortened
 
 ModelType = Literal["gemma", "gemma2", "gemma3_text"]
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -159,25 +160,13 @@ class GemmaConfig:
         return parse_config(raw)
 
     @classmethod
-    def from_file(cls, path: Path) -> "GemmaConfig":
+    def from_file(cls, path: Path | str) -> "GemmaConfig":
         """Read `config.json`, given itself or the folder that holds it.
 
         Raises:
             ConfigError: If the file is missing, not JSON, or not a Gemma config.
         """
-        path = path / CONFIG_FILE if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as err:
-            raise ConfigError(
-                f"{path} not found: expected a folder in Hugging Face layout, with {CONFIG_FILE} "
-                "beside the *.safetensors files"
-            ) from err
-        except (OSError, ValueError) as err:
-            raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} holds {type(raw).__name__}, expected a JSON object")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_config(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as `config.json` would hold it; `from_dict` reads it back unchanged."""
@@ -187,6 +176,28 @@ class GemmaConfig:
         out["rope_parameters"] = {k: dataclasses.asdict(v) for k, v in self.rope_parameters.items()}
         del out["has_qk_norm"], out["has_post_norms"]
         return out
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """Return the JSON object in a `config.json`, given itself or the folder that holds it.
+
+    Raises:
+        ConfigError: If the file is missing, or holds anything else.
+    """
+    path = Path(path)
+    path = path / CONFIG_FILE if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"{path} not found: expected a folder in Hugging Face layout, with {CONFIG_FILE} "
+            "beside the *.safetensors files"
+        ) from err
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}, expected a JSON object")
+    return raw
 
 
 def _check_sizes(config: GemmaConfig) -> None:
@@ -202,8 +213,13 @@ def _check_sizes(config: GemmaConfig) -> None:
         "query_pre_attn_scalar",
         "rms_norm_eps",
     ):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} is {getattr(config, name)}; it must be positive")
+        value = getattr(config, name)
+        is_number = name in ("query_pre_attn_scalar", "rms_norm_eps")
+        if not isinstance(value, int | float if is_number else int) or isinstance(value, bool):
+            expected = "a number" if is_number else "an integer"
+            raise ConfigError(f"{name} is {shortened(value)}, expected {expected}")
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}; it must be positive")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "

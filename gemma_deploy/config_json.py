@@ -2,10 +2,20 @@
 
 Older spellings: `hidden_act`, `rope_theta`, `rope_scaling`, `rope_local_base_freq`,
 `sliding_window_pattern`, `torch_dtype`.
+
+A multimodal config holds the text model's in `text_config`. One rule says which of the two counts,
+the one that transformers 5 follows:
+
+* What the decoder is (sizes, rope, window, norms) is read from `text_config` alone.
+* Whether the head is tied is read from the outer config alone: the head belongs to the outer model.
+  Where it does not say, the head is tied.
+* The tokens that end a text are those of both.
+* Other token ids and the dtype are `text_config`'s, and the outer config's where it does not say.
+* A checkpoint is quantized if either says so.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 from gemma_deploy.config import (
@@ -19,6 +29,7 @@ from gemma_deploy.config import (
     RopeType,
 )
 from gemma_deploy.errors import ConfigError
+from gemma_deploy.quoting import shortened
 
 # What transformers' config class of each generation has by default, where it is not Gemma 1's.
 _GENERATION_DEFAULTS: Mapping[ModelType, Mapping[str, Any]] = {
@@ -61,35 +72,39 @@ _NULLABLE = frozenset(
     {"pad_token_id", "bos_token_id", "sliding_window"}
     | {"attn_logit_softcapping", "final_logit_softcapping"}
 )
+_NULL_IS_DEFAULT = frozenset(
+    {"use_bidirectional_attention", "query_pre_attn_scalar", "attention_dropout"}
+)
 _BOOLEANS = frozenset(
     {"use_cache", "tie_word_embeddings", "attention_bias", "use_bidirectional_attention"}
 )
+_NO_TOKEN = -1  # what some files write for null
 _FLOATS = frozenset(
     {"initializer_range", "rms_norm_eps", "attention_dropout", "query_pre_attn_scalar"}
     | {"attn_logit_softcapping", "final_logit_softcapping"}
 )
 
+# Of a multimodal config: what text_config may leave to the outer one, and what either may say.
+_INHERITED = ("bos_token_id", "pad_token_id", "dtype", "torch_dtype")
+_OF_EITHER = ("quantization_config", "quantization")
+
 
 def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
     """Return the config that the parsed JSON describes; see `GemmaConfig.from_dict`."""
     raw = _text_config(raw)
+    _check_not_quantized(raw)
     if raw.get("model_type") not in get_args(ModelType):
         raise ConfigError(
-            f"model_type is {raw.get('model_type')!r}; gemma-deploy knows gemma, gemma2, gemma3_text, "
+            f"model_type is {shortened(raw.get('model_type'))}; gemma-deploy knows gemma, gemma2, gemma3_text, "
             "and the text part of gemma3. Other families need another tool"
-        )
-    if raw.get("quantization_config") and not _is_nf4(raw["quantization_config"]):
-        raise ConfigError(
-            "the checkpoint is already quantized (config.json has quantization_config), and of such "
-            "only bitsandbytes' NF4 is read; export the original float checkpoint"
         )
     model_type: ModelType = raw["model_type"]
     values: dict[str, Any] = dict(_GENERATION_DEFAULTS[model_type])
     for field in dataclasses.fields(GemmaConfig):
-        if raw.get(field.name) is not None and field.name not in _TRANSLATED:
-            values[field.name] = _typed(field.name, raw[field.name])
-        elif field.name in raw and field.name in _NULLABLE:
-            values[field.name] = None
+        name = field.name
+        is_unsaid = name not in raw or (raw[name] is None and name in _NULL_IS_DEFAULT)
+        if not is_unsaid and name not in _TRANSLATED:
+            values[name] = _typed(name, raw[name])
     values["model_type"] = model_type
     values["hidden_activation"] = _activation(raw, model_type)
     values["eos_token_ids"] = _eos(raw)
@@ -100,8 +115,23 @@ def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
     return GemmaConfig(**values)
 
 
+def _check_not_quantized(raw: Mapping[str, Any]) -> None:
+    """Refuse weights that are codes, but for NF4, which `Checkpoint` reads from the tensors."""
+    quantization = raw.get("quantization_config")
+    if quantization and not _is_nf4(quantization):
+        raise ConfigError(
+            f"the checkpoint is already quantized (quantization_config is {shortened(quantization)}), "
+            "and of such only bitsandbytes' NF4 is read; export the original float checkpoint"
+        )
+    if raw.get("quantization"):
+        raise ConfigError(
+            f"the checkpoint was quantized by MLX (quantization is {shortened(raw['quantization'])}), "
+            "whose codes are not read; export the original float checkpoint"
+        )
+
+
 def _is_nf4(quantization: Any) -> bool:
-    """Tell whether bitsandbytes quantized to NF4; `Checkpoint` reads that from the tensors."""
+    """Tell whether bitsandbytes quantized to NF4."""
     return (
         isinstance(quantization, Mapping)
         and quantization.get("quant_method") == "bitsandbytes"
@@ -111,20 +141,32 @@ def _is_nf4(quantization: Any) -> bool:
 
 
 def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the text model's part of a config, ids and dtype inherited from a multimodal parent."""
-    model_type = raw.get("model_type")
-    if model_type != "gemma3":
+    """Return the text model's part of a config; see the module for what counts where."""
+    if raw.get("model_type") != "gemma3":
         return raw
     text = raw.get("text_config")
     if not isinstance(text, Mapping):
-        raise ConfigError("model_type is 'gemma3' (multimodal) and text_config is missing")
-    inherited = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype")
-    outer = {k: raw[k] for k in (*inherited, "tie_word_embeddings") if raw.get(k) is not None}
-    return {**outer, **text, "model_type": "gemma3_text"}
+        found = "missing" if text is None else shortened(text)
+        raise ConfigError(
+            f"model_type is 'gemma3' (multimodal) and text_config is {found}: expected the text "
+            "model's config; correct config.json"
+        )
+    inherited = {name: raw[name] for name in _INHERITED if raw.get(name) is not None}
+    both = {name: raw.get(name) or text.get(name) for name in _OF_EITHER}
+    return {
+        **inherited,
+        **text,
+        **both,
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "eos_token_id": [*_ids(raw.get("eos_token_id")), *_ids(text.get("eos_token_id", 1))],
+    }
 
 
 def _typed(name: str, value: object) -> object:
     """Return `value` if its JSON type is the field's."""
+    if name in _NULLABLE and (value is None or (value == _NO_TOKEN and name.endswith("_id"))):
+        return None
     if name in _BOOLEANS:
         is_right, expected = isinstance(value, bool), "true or false"
     elif name in _FLOATS:
@@ -134,7 +176,7 @@ def _typed(name: str, value: object) -> object:
         is_right = isinstance(value, int) and not isinstance(value, bool)
         expected = "an integer"
     if not is_right:
-        raise ConfigError(f"{name} is {value!r}, expected {expected}: correct config.json")
+        raise ConfigError(f"{name} is {shortened(value)}, expected {expected}: correct config.json")
     return value
 
 
@@ -145,9 +187,13 @@ def _activation(raw: Mapping[str, Any], model_type: ModelType) -> str:
 
 
 def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    value = raw.get("eos_token_id", 1)
-    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
-    return tuple(cast(int, _typed("eos_token_id", token)) for token in ids)
+    ids = (_typed("eos_token_id", token) for token in _ids(raw.get("eos_token_id", 1)))
+    return tuple(cast(int, token) for token in dict.fromkeys(ids) if token != _NO_TOKEN)
+
+
+def _ids(value: object) -> Sequence[object]:
+    """Return what `eos_token_id` lists: one id, several, or none."""
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
 def _layer_types(
@@ -156,7 +202,7 @@ def _layer_types(
     given = raw.get("layer_types")
     if given is not None:
         if not isinstance(given, list | tuple) or not all(isinstance(t, str) for t in given):
-            raise ConfigError(f"layer_types is {given!r}, expected a list of layer types")
+            raise ConfigError(f"layer_types is {shortened(given)}, expected a list of layer types")
         return tuple(given)
     pattern = raw.get("sliding_window_pattern") or _DEFAULT_PATTERN[model_type]
     pattern = cast(int, _typed("sliding_window_pattern", pattern))
@@ -168,28 +214,68 @@ def _layer_types(
 def _rope(
     raw: Mapping[str, Any], model_type: ModelType, layer_types: tuple[LayerType, ...]
 ) -> dict[LayerType, RopeParameters]:
+    """Return the rotary parameters of each layer type, as transformers 5 reads them.
+
+    In Gemma 1 and 2 `rope_scaling` replaces `rope_parameters`. In Gemma 3 it is added to those of
+    full attention, and wins.
+    """
     given, scaling = _mapping(raw, "rope_parameters"), _mapping(raw, "rope_scaling")
-    is_per_layer_type = any(isinstance(v, Mapping) for v in given.values())
-    has_two_bases = model_type == "gemma3_text"
-    out: dict[LayerType, RopeParameters] = {}
-    for layer_type in sorted(set(layer_types)):
-        nested = _mapping(given, layer_type) if is_per_layer_type else given
-        if has_two_bases and layer_type == SLIDING_ATTENTION:
-            # Local layers are never scaled; their base has a key of its own.
-            inherited = {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)}
-        else:
-            theta = raw.get("rope_theta", 1e6 if has_two_bases else 10_000.0)
-            inherited = {"rope_theta": theta, **scaling}
-        out[layer_type] = _rope_parameters({**inherited, **nested})
-    return out
+    if model_type == "gemma3_text":
+        return _rope_of_two_bases(raw, given, scaling, layer_types)
+    base = {"rope_theta": raw.get("rope_theta", 10_000.0)}
+    given = scaling or given
+    return {
+        layer_type: _rope_parameters(
+            {**base, **(_mapping(given, layer_type) if _is_nested(given) else given)}
+        )
+        for layer_type in sorted(set(layer_types))
+    }
+
+
+def _rope_of_two_bases(
+    raw: Mapping[str, Any],
+    given: Mapping[str, Any],
+    scaling: Mapping[str, Any],
+    layer_types: tuple[LayerType, ...],
+) -> dict[LayerType, RopeParameters]:
+    """Return Gemma 3's: one base for full attention, which may be scaled, and one for windows."""
+    if given and not _is_nested(given):
+        raise ConfigError(
+            f"rope_parameters is {shortened(given)}: Gemma 3 has one set for each of "
+            f"{FULL_ATTENTION} and {SLIDING_ATTENTION}, and transformers ignores what stands outside "
+            "them. Write it under the layer type that it is for"
+        )
+    if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
+        raise ConfigError(
+            f"rope_scaling is {shortened(scaling)}: transformers 5 ignores 'type' here, earlier versions "
+            "apply it. Write it as 'rope_type'"
+        )
+    thetas = {
+        FULL_ATTENTION: raw.get("rope_theta", 1e6),
+        SLIDING_ATTENTION: raw.get("rope_local_base_freq", 10_000.0),
+    }
+    return {
+        layer_type: _rope_parameters(
+            {"rope_theta": thetas.get(layer_type)}
+            | dict(_mapping(given, layer_type))
+            | (dict(scaling) if layer_type == FULL_ATTENTION else {})
+        )
+        for layer_type in sorted(set(layer_types))
+    }
 
 
 def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the JSON object under a name; empty if it is missing or null."""
     value = raw.get(name) or {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {value!r}, expected a JSON object: correct config.json")
+        raise ConfigError(
+            f"{name} is {shortened(value)}, expected a JSON object: correct config.json"
+        )
     return value
+
+
+def _is_nested(rope_parameters: Mapping[str, Any]) -> bool:
+    return any(name in get_args(LayerType) for name in rope_parameters)
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
@@ -197,7 +283,9 @@ def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
     theta, factor = raw["rope_theta"], raw.get("factor", 1.0)
     for name, value in (("rope_theta", theta), ("factor", factor)):
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{name} is {value!r}, expected a number: correct config.json")
+            raise ConfigError(
+                f"{name} is {shortened(value)}, expected a number: correct config.json"
+            )
     is_linear = rope_type == "linear"
     return RopeParameters(
         rope_type=rope_type, rope_theta=float(theta), factor=float(factor) if is_linear else 1.0

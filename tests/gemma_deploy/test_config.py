@@ -1,4 +1,6 @@
+import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,164 @@ def test_takes_the_text_model_of_a_multimodal_config() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("outer", "text"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": False}, {}),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+        ({"eos_token_id": [1, 106]}, {"eos_token_id": 1}),
+        ({"eos_token_id": 106}, {"eos_token_id": [1, 107]}),
+        ({"sliding_window": 7, "rope_theta": 5e4}, {"sliding_window": 9}),
+        ({"layer_types": [FULL], "sliding_window_pattern": 1}, {"sliding_window_pattern": 2}),
+        ({"rope_local_base_freq": 5e4, "rope_theta": 1e5}, {"rope_theta": 2e5}),
+        ({"bos_token_id": 7, "pad_token_id": 8}, {"bos_token_id": 5}),
+    ],
+)
+def test_the_outer_and_the_text_config_count_as_in_transformers(
+    outer: dict[str, Any], text: dict[str, Any], tmp_path: Path
+) -> None:
+    transformers.Gemma3Config(text_config={"num_hidden_layers": 4, "head_dim": 64}).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):
+        del raw["text_config"][name]  # files of earlier versions have none
+    raw |= outer
+    raw["text_config"] |= text
+    path.write_text(json.dumps(raw))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    stops = transformers.GenerationConfig.from_model_config(theirs).eos_token_id
+    ours = GemmaConfig.from_file(tmp_path)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert set(ours.eos_token_ids) == {
+        *eos_ids(stops),
+        *eos_ids(theirs.text_config.eos_token_id),
+    }
+    theirs.text_config.tie_word_embeddings = theirs.tie_word_embeddings
+    theirs.text_config.eos_token_id = list(ours.eos_token_ids)
+    assert_equals_transformers(ours, theirs.text_config)
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+NESTED = {
+    FULL: {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e5},
+    SLIDING: {"rope_type": "default", "rope_theta": 2e4},
+}
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS_CLASSES)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e4},
+        {"rope_scaling": LINEAR, "rope_theta": 5e4},
+        {"rope_scaling": {**LINEAR, "rope_theta": 7e4}, "rope_theta": 5e4},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_local_base_freq": 3e4},
+    ],
+)
+def test_reads_old_rotary_parameters_as_transformers_does(
+    model_type: str, rope: dict[str, Any]
+) -> None:
+    theirs = getattr(transformers, TRANSFORMERS_CLASSES[model_type])(**copy.deepcopy(rope))
+    assert_equals_transformers(GemmaConfig.from_dict({"model_type": model_type} | rope), theirs)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 8e4},
+        {"rope_parameters": {"rope_theta": 3e4}, "rope_scaling": LINEAR},
+        {"rope_parameters": {"rope_theta": 3e4}, "rope_scaling": LINEAR, "rope_theta": 8e4},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    ],
+)
+def test_one_base_is_read_as_transformers_does(model_type: str, rope: dict[str, Any]) -> None:
+    theirs = getattr(transformers, TRANSFORMERS_CLASSES[model_type])(**copy.deepcopy(rope))
+    assert_equals_transformers(GemmaConfig.from_dict({"model_type": model_type} | rope), theirs)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": NESTED},
+        {"rope_parameters": NESTED, "rope_scaling": LINEAR},
+        {"rope_parameters": {**NESTED, FULL: {"rope_type": "default"}}, "rope_scaling": LINEAR},
+        {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 2.0}}, "rope_theta": 7e5},
+        {"rope_parameters": {FULL: None, SLIDING: None}, "rope_theta": 7e5},
+        {"rope_parameters": {"rope_theta": 9.0, "rope_type": "default", **NESTED}},
+    ],
+)
+def test_two_bases_are_read_as_transformers_does(rope: dict[str, Any]) -> None:
+    theirs = transformers.Gemma3TextConfig(**copy.deepcopy(rope))
+    assert_equals_transformers(GemmaConfig.from_dict({"model_type": "gemma3_text"} | rope), theirs)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+            "rope_parameters is .*'linear'.*: Gemma 3 has one set for each of full_attention",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LINEAR},
+            "Write it under the layer type that it is for",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling is .*: transformers 5 ignores 'type' here",
+        ),
+    ],
+)
+def test_refuses_rotary_parameters_that_versions_read_differently(
+    rope: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GemmaConfig.from_dict({"model_type": "gemma3_text"} | rope)
+
+
+@pytest.mark.parametrize("part", ["outer", "text"])
+def test_a_quantized_multimodal_checkpoint_is_refused_wherever_it_says_so(part: str) -> None:
+    raw = copy.deepcopy(GEMMA_3_4B)
+    (raw if part == "outer" else raw["text_config"])["quantization_config"] = {"bits": 4}
+    with pytest.raises(ConfigError, match=r"already quantized \(quantization_config is .'bits': 4"):
+        GemmaConfig.from_dict(raw)
+
+
+def test_minus_one_stands_for_no_token() -> None:
+    config = GemmaConfig.from_dict(
+        GEMMA_2B | {"pad_token_id": -1, "bos_token_id": -1, "eos_token_id": [1, -1]}
+    )
+    assert config.pad_token_id is None
+    assert config.bos_token_id is None
+    assert config.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_key_value_heads", None), ("hidden_size", "64"), ("head_dim", 2.5), ("rms_norm_eps", [])],
+)
+def test_the_constructor_names_a_value_of_another_type(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is {re.escape(repr(value))}, expected"):
+        GemmaConfig(**{name: value})
+
+
+def test_reads_a_path_given_as_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_2B))
+    assert GemmaConfig.from_file(str(tmp_path)) == GemmaConfig.from_dict(GEMMA_2B)
+
+
+def test_quotes_no_more_than_can_be_read() -> None:
+    with pytest.raises(ConfigError) as caught:
+        GemmaConfig.from_dict(GEMMA_2B | {"layer_types": [7] * 10_000})
+    assert len(str(caught.value)) < 300
+
+
 def test_knows_what_sets_generations_apart() -> None:
     one, two, three = (GemmaConfig.from_dict(raw) for raw in (GEMMA_2B, GEMMA_2_2B, GEMMA_3_1B))
     assert [c.has_post_norms for c in (one, two, three)] == [False, True, True]
@@ -269,6 +429,8 @@ def test_to_dict_is_read_back_unchanged(raw: dict[str, Any]) -> None:
         ({"model_type": None}, "model_type is None"),
         ({"model_type": "gemma3"}, "text_config is missing"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantized by MLX"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is None, expected an integer"),
         ({"vocab_size": 0}, "vocab_size is 0; it must be positive"),
         ({"hidden_size": "2048"}, "hidden_size is '2048', expected an integer"),
         ({"head_dim": True}, "head_dim is True, expected an integer"),
