@@ -84,6 +84,7 @@ def check_nothing_else_is_replaced(checkpoint: Path, output: Path) -> None:
 
 def check_config(source: Checkpoint) -> None:
     """Refuse models that cannot generate text, or that ONNX Runtime cannot attend in."""
+    source.require_text_generator()
     config = source.config
     if config.use_bidirectional_attention:
         raise ConfigError(

@@ -7,16 +7,27 @@ file format: https://github.com/huggingface/safetensors#format
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from gemma_deploy.bitsandbytes_nf4 import STATE_SUFFIX, Nf4Matrix, nf4_matrix
-from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import CheckpointError
+from gemma_deploy.checkpoint_names import (
+    canonical_names,
+    explain_replaced,
+    explain_unused,
+    harmless_kind,
+)
+from gemma_deploy.config import GemmaConfig, read_config
+from gemma_deploy.errors import CheckpointError, ConfigError, warn
 from gemma_deploy.graph_spec import DType
+from gemma_deploy.quoting import shortened
 from gemma_deploy.safetensors_files import read_header, weight_files
 
 HEAD_WEIGHT: Final = "lm_head.weight"
@@ -29,17 +40,12 @@ DTYPE_NAMES: Final[Mapping[str, DType]] = MappingProxyType(
 
 ROW_BLOCK_BYTES: Final = 64 * 1024 * 1024
 
-# Where the text model of each layout lives, longest first: `gemma3` as transformers >= 4.52 writes
-# it, `gemma3` as on the hub, `gemma3` without its head, then the text model, with and without head.
-_PREFIXES: Final = (
-    ("model.language_model.", "model."),
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.", "model."),
-    ("model.", "model."),
-    ("lm_head.", "lm_head."),
-    ("", "model."),
+_NUMPY_DTYPES: Final[Mapping[str, npt.DTypeLike]] = MappingProxyType(
+    {"F32": np.float32, "F16": np.float16}
 )
+_GENERATORS: Final = ("ForCausalLM", "ForConditionalGeneration")
+# What PEFT and MLX call an adapter's weights.
+_ADAPTER_WEIGHTS: Final = re.compile(r"adapter_model\.\w+|adapters\.(safetensors|npz)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,7 @@ class TensorInfo:
 
     Attributes:
         name: Canonical name, e.g. `model.layers.0.mlp.up_proj.weight`.
+        stored_name: Its name in the file.
         dtype: `F32`, `F16` or `BF16`, as safetensors spells it.
         shape: Dimensions; matrices are [out, in].
         file: The safetensors file that holds it.
@@ -58,6 +65,7 @@ class TensorInfo:
     """
 
     name: str
+    stored_name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
@@ -78,18 +86,24 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A Gemma checkpoint whose config and headers were read and agree with each other.
+    """A Gemma checkpoint whose config and tensors agree with each other.
+
+    Every stored tensor is the text model's, or known to be harmless to leave out.
 
     Attributes:
         folder: The folder it was opened from.
-        config: Parsed `config.json`.
+        config: Parsed `config.json`; the head is not tied where another one is stored.
+        architectures: Names of the classes that it was saved from, by `config.json`.
         tensors: The text model's tensors under canonical names; `lm_head.weight` only when the
             head is not tied to the embedding.
+        unused: What was left out: stored names by what they are.
     """
 
     folder: Path
     config: GemmaConfig
+    architectures: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
+    unused: Mapping[str, tuple[str, ...]]
 
     @property
     def nf4_block_sizes(self) -> Mapping[str, int]:
@@ -98,30 +112,56 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Checkpoint":
-        """Read the config and every tensor's place; no weights are read.
+        """Read the config and every tensor's place, and hold one against the other.
+
+        The tensors decide where both speak of the same thing: a stored head that differs from the
+        embedding is the head, whatever `tie_word_embeddings` says, as in transformers 5. No weights
+        are read but to compare these two. Prefixes of wrappers (`_orig_mod.`, `module.`,
+        `base_model.model.`) are taken off. Both are said in a `GemmaDeployWarning`.
 
         Args:
             folder: Folder in Hugging Face layout: `config.json` and `model.safetensors`, or
-                `model.safetensors.index.json` with its shards.
+                shards of it, with or without `model.safetensors.index.json`.
 
         Raises:
-            CheckpointError: If weights are missing, truncated, of the wrong shape or dtype, or
-                there only as pickle.
+            CheckpointError: If weights are missing, truncated, of the wrong shape or dtype, there
+                only as pickle, or more than the text model has a use for; or if an adapter lies in
+                the folder.
             ConfigError: If `config.json` is missing or not a Gemma config.
         """
         folder = Path(folder)
-        config = GemmaConfig.from_file(folder / "config.json")
-        found: dict[str, TensorInfo] = {}
-        for file in weight_files(folder):
-            for stored_name, entry in read_header(file).items():
-                name = _canonical(stored_name)
-                if name in found:
-                    raise CheckpointError(
-                        f"{stored_name} in {file} is there a second time (first in "
-                        f"{found[name].file}): remove the folder's stale *.safetensors files"
-                    )
-                found[name] = _tensor_info(name, entry, file)
-        return cls(folder=folder, config=config, tensors=_checked(found, config, folder))
+        _refuse_adapter(folder)
+        raw = read_config(folder)
+        config = GemmaConfig.from_dict(raw)
+        found, wrappers = _stored_tensors(folder)
+        if wrappers:
+            warn(
+                f"{folder}: {' and '.join(wrappers)}, which a wrapper put into the names of tensors, "
+                "was taken off"
+            )
+        return _matched(
+            cls(
+                folder=folder,
+                config=config,
+                architectures=_architectures(raw),
+                tensors=MappingProxyType(found),
+                unused=MappingProxyType({}),
+            )
+        )
+
+    def require_text_generator(self) -> None:
+        """Refuse a checkpoint that was saved from a class that generates no text.
+
+        Raises:
+            CheckpointError: If `architectures` names other classes than `*ForCausalLM` and
+                `*ForConditionalGeneration`.
+        """
+        if self.architectures and not any(x.endswith(_GENERATORS) for x in self.architectures):
+            raise CheckpointError(
+                f"{self.folder} was saved from {', '.join(self.architectures)}, which generates no "
+                f"text; expected {' or '.join(f'*{x}' for x in _GENERATORS)} (architectures in "
+                "config.json). Use the language model that it was made from"
+            )
 
     def read_rows(self, name: str, start: int, stop: int, into: memoryview) -> None:
         """Read rows [start, stop) of a tensor into memory of the caller, as stored (NF4: as float32).
@@ -150,6 +190,21 @@ class Checkpoint:
             target[:] = info.nf4.rows(start, stop, _read_bytes).data.cast("B")
         else:
             _read_into(info, start * info.row_bytes, target)
+
+    def float_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return rows [start, stop) of a tensor, widened to float32.
+
+        Raises:
+            CheckpointError: As `read_rows`.
+        """
+        info = self.tensors[name]
+        raw = np.empty((stop - start) * info.row_bytes, np.uint8)
+        self.read_rows(name, start, stop, raw.data)
+        if info.dtype == "BF16":
+            values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = raw.view(_NUMPY_DTYPES[info.dtype]).astype(np.float32, copy=False)
+        return values.reshape(stop - start, *info.shape[1:])
 
     def row_blocks(self, name: str, max_bytes: int = ROW_BLOCK_BYTES) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of successive blocks of rows of at most `max_bytes` each.
@@ -203,58 +258,185 @@ def _attention_tensors(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _canonical(stored_name: str) -> str:
-    return next(
-        canonical + stored_name.removeprefix(prefix)
-        for prefix, canonical in _PREFIXES
-        if stored_name.startswith(prefix)
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter in it: the base alone would be the model before training."""
+    found = sorted(
+        path.name
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name == "adapter_config.json" or _ADAPTER_WEIGHTS.fullmatch(path.name)
+    )
+    if found:
+        raise CheckpointError(
+            f"{folder} holds an adapter ({', '.join(found)}), which is not applied: merge it into its "
+            "base model (merge_and_unload and save_pretrained in PEFT) and give that folder, or move "
+            "the adapter's files away to have the base model alone"
+        )
+
+
+def _architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    named = raw.get("architectures") or ()
+    if not isinstance(named, list | tuple) or not all(isinstance(x, str) for x in named):
+        raise ConfigError(
+            f"architectures is {shortened(named)}, expected a list of class names: correct config.json"
+        )
+    return tuple(named)
+
+
+def _stored_tensors(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """Return every stored tensor by its canonical name, and the prefixes of wrappers."""
+    entries = [
+        (stored_name, entry, file)
+        for file in weight_files(folder)
+        for stored_name, entry in read_header(file).items()
+    ]
+    names, wrappers = canonical_names({stored_name for stored_name, *_ in entries})
+    found: dict[str, TensorInfo] = {}
+    for stored_name, entry, file in entries:
+        name = names[stored_name]
+        if name in found:
+            first = found[name]
+            raise CheckpointError(
+                f"{stored_name} in {file} is there a second time (first as {first.stored_name} in "
+                f"{first.file}): remove the folder's stale *.safetensors files"
+            )
+        begin, end = entry["data_offsets"]
+        found[name] = TensorInfo(
+            name=name,
+            stored_name=stored_name,
+            dtype=entry["dtype"],
+            shape=entry["shape"],
+            file=file,
+            offset=begin,
+            size_bytes=end - begin,
+        )
+    return found, wrappers
+
+
+def _matched(stored: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the tensors that its config calls for, out of all that are stored.
+
+    Raises:
+        CheckpointError: If any is missing or not as the config says, or one has no use.
+    """
+    found = dict(stored.tensors)
+    if stored.config.tie_word_embeddings and EMBEDDING_WEIGHT not in found and HEAD_WEIGHT in found:
+        # Tied, and saved under the other name: transformers reads it so, too.
+        found[EMBEDDING_WEIGHT] = dataclasses.replace(found.pop(HEAD_WEIGHT), name=EMBEDDING_WEIGHT)
+    expected = expected_tensors(stored.config)
+    rest = {
+        name: info.stored_name
+        for name, info in found.items()
+        if name not in expected and not _is_nf4_part(name, found)
+    }
+    unused: dict[str, tuple[str, ...]] = {}
+    for name in list(rest):
+        kind = harmless_kind(name)
+        if kind is not None:
+            unused[kind] = (*unused.get(kind, ()), rest.pop(name))
+    has_head = rest.pop(HEAD_WEIGHT, None) is not None
+    _refuse(stored.folder, explain_replaced(rest))
+    if has_head:
+        expected[HEAD_WEIGHT] = expected[EMBEDDING_WEIGHT]
+    tensors = {name: _checked(name, shape, found, stored) for name, shape in expected.items()}
+    _refuse(stored.folder, explain_unused(rest, stored.config))
+    matched = dataclasses.replace(
+        stored, tensors=MappingProxyType(tensors), unused=MappingProxyType(unused)
+    )
+    return _with_its_head(matched) if has_head else matched
+
+
+def _refuse(folder: Path, explanation: str | None) -> None:
+    if explanation is not None:
+        raise CheckpointError(
+            f"{folder} holds more than the text model of its config.json, which would be another "
+            f"model without it: {explanation}"
+        )
+
+
+def _is_nf4_part(name: str, found: Mapping[str, TensorInfo]) -> bool:
+    """Tell whether a tensor is a part of a matrix in bitsandbytes' NF4."""
+    matrix = name.partition(".weight.")[0] + ".weight"
+    return matrix != name and matrix + STATE_SUFFIX in found
+
+
+def _with_its_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that says it is tied, with the head that is stored beside the embedding.
+
+    A head that is equal to the embedding is left out.
+    """
+    tensors = dict(checkpoint.tensors)
+    if _are_equal(checkpoint, HEAD_WEIGHT, EMBEDDING_WEIGHT):
+        head = tensors.pop(HEAD_WEIGHT).stored_name
+        unused = {**checkpoint.unused, "of a head that is equal to the embedding": (head,)}
+        return dataclasses.replace(
+            checkpoint, tensors=MappingProxyType(tensors), unused=MappingProxyType(unused)
+        )
+    warn(
+        f"{checkpoint.folder}: config.json says that the head is tied to the embedding, and a "
+        f"{tensors[HEAD_WEIGHT].stored_name} is stored that differs from it: that is the head "
+        "(tie_word_embeddings is taken as false)"
+    )
+    return dataclasses.replace(
+        checkpoint, config=dataclasses.replace(checkpoint.config, tie_word_embeddings=False)
     )
 
 
-def _tensor_info(name: str, entry: Mapping[str, Any], file: Path) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    return TensorInfo(
-        name=name,
-        dtype=entry["dtype"],
-        shape=entry["shape"],
-        file=file,
-        offset=begin,
-        size_bytes=end - begin,
+def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Compare two tensors of one shape, block by block, by their values."""
+    num_rows = checkpoint.tensors[one].num_rows
+    step = max(1, ROW_BLOCK_BYTES // max(checkpoint.tensors[x].row_bytes for x in (one, other)))
+    return all(
+        np.array_equal(
+            checkpoint.float_rows(one, start, min(start + step, num_rows)),
+            checkpoint.float_rows(other, start, min(start + step, num_rows)),
+        )
+        for start in range(0, num_rows, step)
     )
 
 
 def _checked(
-    found: Mapping[str, TensorInfo], config: GemmaConfig, folder: Path
-) -> Mapping[str, TensorInfo]:
-    """Return the tensors that the config calls for; vision towers and the like are left out."""
-    tensors: dict[str, TensorInfo] = {}
-    for name, shape in expected_tensors(config).items():
-        info = found.get(name)
-        if info is not None and name + STATE_SUFFIX in found:
-            info = _nf4_info(info, nf4_matrix(name, shape, found, _read_bytes))
-        if info is None:
-            raise CheckpointError(
-                f"{folder} lacks the tensor {name} {list(shape)} that its config.json calls for: "
-                "the checkpoint is incomplete, or belongs to another config.json"
-            )
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{name} in {info.file} has shape {list(info.shape)}, expected {list(shape)} by "
-                "config.json: they belong to different models"
-            )
-        if info.dtype not in DTYPE_BYTES:
-            raise CheckpointError(
-                f"{name} in {info.file} has dtype {info.dtype}, expected {', '.join(DTYPE_BYTES)}: "
-                "use the original float checkpoint"
-            )
-        expected_bytes = math.prod(shape) * DTYPE_BYTES[info.dtype]
-        if info.size_bytes != expected_bytes:
-            raise CheckpointError(
-                f"{name} in {info.file} takes {info.size_bytes} bytes, expected {expected_bytes} "
-                f"for {info.dtype} {list(shape)}: the file is corrupt, download it again"
-            )
-        tensors[name] = info
-    return MappingProxyType(tensors)
+    name: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo], stored: Checkpoint
+) -> TensorInfo:
+    """Return a tensor that the config calls for."""
+    info = found.get(name)
+    if info is None:
+        raise CheckpointError(_explain_missing(name, shape, stored))
+    if name + STATE_SUFFIX in found:
+        info = _nf4_info(info, nf4_matrix(name, shape, found, _read_bytes))
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.stored_name} in {info.file} has shape {shortened(list(info.shape))}, expected "
+            f"{list(shape)} by config.json: they belong to different models"
+        )
+    if info.dtype not in DTYPE_BYTES:
+        raise CheckpointError(
+            f"{info.stored_name} in {info.file} has dtype {info.dtype}, expected "
+            f"{', '.join(DTYPE_BYTES)}: use the original float checkpoint"
+        )
+    expected_bytes = math.prod(shape) * DTYPE_BYTES[info.dtype]
+    if info.size_bytes != expected_bytes:
+        raise CheckpointError(
+            f"{info.stored_name} in {info.file} takes {info.size_bytes} bytes, expected "
+            f"{expected_bytes} for {info.dtype} {list(shape)}: the file is corrupt, download it again"
+        )
+    return info
+
+
+def _explain_missing(name: str, shape: tuple[int, ...], stored: Checkpoint) -> str:
+    """Return what is missing, and what was found instead."""
+    if name == HEAD_WEIGHT:
+        return (
+            f"{stored.folder} lacks {HEAD_WEIGHT}, and config.json says that the head is not tied to the "
+            "embedding (tie_word_embeddings is false): transformers would draw a random head. Set it to "
+            "true if the model was trained with a tied head; otherwise download the checkpoint again"
+        )
+    names = sorted(info.stored_name for info in stored.tensors.values())
+    some = f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    return (
+        f"{stored.folder} lacks the tensor {name} {list(shape)} that its config.json calls for (it "
+        f"holds {len(names)} tensors{some}): the checkpoint is incomplete, or belongs to another "
+        "config.json"
+    )
 
 
 def _nf4_info(codes: TensorInfo, matrix: Nf4Matrix) -> TensorInfo:

@@ -18,10 +18,13 @@
         ├── BackendUnavailableError   a dependency or device that is not here
         └── NonFiniteLogitsError      the model put out NaN or infinity
 
+A `GemmaDeployWarning` says what was decided on a caller's behalf and may be a surprise.
+
 A message says what is wrong, what was expected, what was found, and what to do. Every class carries
 the exit code that the command line uses for it: 2 for a request that cannot be, 1 for a failure.
 """
 
+import warnings
 from typing import ClassVar
 
 
@@ -29,6 +32,15 @@ class GemmaDeployError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line exits with."""
 
     exit_code: ClassVar[int] = 1
+
+
+class GemmaDeployWarning(UserWarning):
+    """What gemma-deploy decided on a caller's behalf: nothing failed, and it may be a surprise."""
+
+
+def warn(message: str) -> None:
+    """Say something once; the command line prints it as a notice."""
+    warnings.warn(message, GemmaDeployWarning, stacklevel=2)
 
 
 class RequestError(GemmaDeployError):

@@ -4,7 +4,8 @@ The file format: https://github.com/huggingface/safetensors#format
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD: Final = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
 _MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -28,17 +30,36 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         return _shards(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    names = sorted(path.name for path in folder.iterdir())
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if shards:
+        return _all_shards(folder, shards)
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
             f"{folder} holds its weights as pickle ({pickles[0]}), which runs arbitrary code when "
             "loaded and is refused. Expected model.safetensors: convert it with transformers' "
             "save_pretrained, or download the safetensors version"
         )
+    others = [name for name in names if name.endswith(".safetensors")]
+    found = f" (found {', '.join(others[:3])}: is one of them the model's?)" if others else ""
     raise CheckpointError(
-        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: expected a folder in Hugging Face "
-        "layout. Download the checkpoint again, with its *.safetensors files"
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{found}: expected a folder in Hugging "
+        "Face layout. Download the checkpoint again, with its *.safetensors files"
     )
+
+
+def _all_shards(folder: Path, shards: Sequence[re.Match[str]]) -> list[Path]:
+    """Return numbered shards that lie there without an index, if they are one whole set."""
+    counts = {int(shard["count"]) for shard in shards}
+    numbers = {int(shard["number"]) for shard in shards}
+    if len(counts) > 1 or numbers != set(range(1, max(counts) + 1)):
+        raise CheckpointError(
+            f"{folder} holds shards without {INDEX_FILE}, and not one whole set of them: "
+            f"{', '.join(shard[0] for shard in shards[:3])}{', ...' if len(shards) > 3 else ''} "
+            f"({len(shards)} of {max(counts)}). Download the checkpoint again"
+        )
+    return [folder / shard[0] for shard in shards]
 
 
 def _shards(folder: Path) -> list[Path]:

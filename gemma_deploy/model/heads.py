@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.model.attend import AttentionImplementation
@@ -78,12 +79,15 @@ class GemmaForCausalLM(nn.Module):
             attn_implementation: `sdpa` or `eager`.
 
         Raises:
-            CheckpointError: See `Checkpoint.open`.
+            CheckpointError: See `Checkpoint.open`; or it was saved from a class that generates no
+                text.
             ConfigError: See `Checkpoint.open`.
         """
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.require_text_generator()
         return load_model(
             partial(cls, attn_implementation=attn_implementation),
-            folder,
+            checkpoint,
             dtype=dtype,
             device=device,
         )

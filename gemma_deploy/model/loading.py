@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,17 +22,17 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def load_model(
     build: Callable[[GemmaConfig], ModelT],
-    folder: Path | str,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
     prefix: str = "",
 ) -> ModelT:
-    """Build a model of a checkpoint folder without weights, then read them into its parameters.
+    """Build a model of a checkpoint without weights, then read them into its parameters.
 
     Args:
         build: Makes the model of a config; called with `meta` as the default device.
-        folder: Hugging Face layout, safetensors only; see `Checkpoint.open`.
+        checkpoint: Opened checkpoint.
         dtype: Of the parameters; None for the dtype the embedding is stored in.
         device: Of the parameters.
         prefix: What the checkpoint's names have in front of the model's parameter names.
@@ -42,10 +41,8 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        CheckpointError: See `Checkpoint.open`.
-        ConfigError: See `Checkpoint.open`.
+        CheckpointError: If weights cannot be read.
     """
-    checkpoint = Checkpoint.open(folder)
     with torch.device("meta"):
         model = build(checkpoint.config)
     dtype = dtype or stored_dtype(checkpoint)

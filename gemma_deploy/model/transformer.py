@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.model.attend import AttentionImplementation, CachedAttention
@@ -116,7 +117,7 @@ class GemmaModel(nn.Module):
         """Load a checkpoint folder without its head; see `GemmaForCausalLM.from_pretrained`."""
         return load_model(
             partial(cls, attn_implementation=attn_implementation),
-            folder,
+            Checkpoint.open(folder),
             dtype=dtype,
             device=device,
             prefix="model.",

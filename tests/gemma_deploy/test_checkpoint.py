@@ -298,3 +298,35 @@ def test_a_file_that_shrinks_after_opening_is_an_error(folder: Path) -> None:
     (folder / SAVED).write_bytes((folder / SAVED).read_bytes()[: info.offset + 10])
     with pytest.raises(CheckpointError, match="ends 246 bytes early"):
         checkpoint.read_rows(UP_PROJ, 0, 1, memoryview(bytearray(256)))
+
+
+def test_reads_shards_without_an_index(
+    sharded: Path, tiny_checkpoint: TinyCheckpoint, folder: Path
+) -> None:
+    (sharded / INDEX).unlink()
+    whole = Checkpoint.open(tiny_checkpoint("gemma1"))
+    assert Checkpoint.open(sharded).tensors.keys() == whole.tensors.keys()
+    (folder / SAVED).rename(folder / "model-00001-of-00001.safetensors")
+    assert Checkpoint.open(folder).tensors
+
+
+def test_refuses_a_part_of_the_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    count = len(list(sharded.glob("*.safetensors")))
+    min(sharded.glob("*.safetensors")).unlink()
+    message = rf"shards without {INDEX}, and not one whole set .*\({count - 1} of {count}\)"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(sharded)
+
+
+def test_names_other_weights_that_it_found(folder: Path) -> None:
+    (folder / SAVED).rename(folder / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"found weights\.safetensors: is one of them"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_widens_rows_to_float32(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint("gemma1", dtype))
+    stored = load_file(checkpoint.folder / SAVED)[UP_PROJ][5:9].float().numpy()
+    assert np.array_equal(checkpoint.float_rows(UP_PROJ, 5, 9), stored)
