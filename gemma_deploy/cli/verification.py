@@ -14,7 +14,12 @@ from gemma_deploy.cli.console import Progress, format_bytes
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk, whole
 from gemma_deploy.cli.lazy_group import explain_os_error
 from gemma_deploy.cli.verification_graphs import GraphChoice, check_weights
-from gemma_deploy.cli.verification_reference import bundle_logits, checkpoint_logits
+from gemma_deploy.cli.verification_oracle import NoOracleError, oracle_logits
+from gemma_deploy.cli.verification_reference import (
+    bundle_logits,
+    checkpoint_logits,
+    require_finite,
+)
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
 from gemma_deploy.errors import GemmaDeployError, RequestError
 from gemma_deploy.graph_spec import DType
@@ -70,9 +75,20 @@ class Verification:
             name = "tokenizer"
             yield passed(name, _check_tokenizer(bundle))
             name = "checkpoint"
-            rows, original, reference = self._references(bundle, on_progress)
-            if rows:
+            rows: tuple[TokenRow, ...] = ()
+            original: list[FloatArray] = []
+            reference: list[FloatArray] = []
+            if self.checkpoint is not None:
+                rows = token_rows(bundle, self.text, self.tokens)
+                source = Checkpoint.open(self.checkpoint)
+                require_same_model(bundle.folder, bundle.config, source)
                 yield passed(name, describe_rows(bundle.config, rows, self.tokens))
+                yield passed("tensors", _describe_tensors(source))
+                name = "reference"
+                said, original = _original(self.checkpoint, rows, on_progress)
+                yield passed(name, said)
+                name = "weights"
+                reference = self._reference(bundle, rows, original, on_progress)
             name = "graphs"
             on_progress("loading the graphs", 0, 1)
             with self.graphs.load(bundle, is_exact=bool(rows)) as session:
@@ -93,27 +109,25 @@ class Verification:
                 raise
             yield Check(name=name, is_ok=False, detail=explain_os_error(err))
 
-    def _references(
-        self, bundle: Bundle, on_progress: Progress
-    ) -> tuple[tuple[TokenRow, ...], list[FloatArray], list[FloatArray]]:
-        """Return what is read, its logits by the checkpoint, and those the graphs should give.
+    def _reference(
+        self,
+        bundle: Bundle,
+        rows: Sequence[TokenRow],
+        original: list[FloatArray],
+        on_progress: Progress,
+    ) -> list[FloatArray]:
+        """Return the logits that the graphs should give.
 
         Those of a quantized bundle, or with an int8 cache, are its own weights' logits: the
         checkpoint's are others.
 
         Raises:
-            CheckpointError: It is another model's, or its own logits are not finite.
             BundleError: The bundle's weights cannot be read, or their logits are not finite.
         """
-        if self.checkpoint is None:
-            return (), [], []
-        rows = token_rows(bundle, self.text, self.tokens)
-        require_same_model(bundle.folder, bundle.config, Checkpoint.open(self.checkpoint))
-        original = checkpoint_logits(self.checkpoint, rows, on_progress)
         if not self._is_approximate(bundle):
-            return rows, original, original
+            return original
         precision = bundle.manifest.precision_of(self.graphs.lowering)
-        return rows, original, bundle_logits(bundle, precision, rows, on_progress)
+        return bundle_logits(bundle, precision, rows, on_progress)
 
     def _is_approximate(self, bundle: Bundle) -> bool:
         """Tell whether weights or cache are quantized, so that logits are not the checkpoint's."""
@@ -207,6 +221,33 @@ def describe_parity(report: ParityReport, activations: DType) -> str:
         f"{report.max_kl_nats:.2g} nats; same greedy token at {report.greedy_agreement:.1%} of "
         f"{report.positions} positions{clear}"
     )
+
+
+def _original(
+    checkpoint: Path, rows: Sequence[TokenRow], on_progress: Progress
+) -> tuple[str, list[FloatArray]]:
+    """Return whose logits of the checkpoint these are, in words, and the logits.
+
+    Raises:
+        CheckpointError: It cannot be read, or its own logits are not finite.
+    """
+    try:
+        name, found = oracle_logits(checkpoint, rows, on_progress)
+    except NoOracleError as why:
+        said = (
+            f"gemma-deploy's own model, eager in float32, for {why}: it reads the checkpoint as the "
+            "export did, so a fault in that reading does not show here"
+        )
+        return said, checkpoint_logits(checkpoint, rows, on_progress)
+    require_finite(found, checkpoint)
+    return f"{name}, which reads the checkpoint by itself, eager in float32", found
+
+
+def _describe_tensors(checkpoint: Checkpoint) -> str:
+    """Return how many tensors the checkpoint has, and which of them are left out."""
+    left_out = [f"{len(names)} {kind}" for kind, names in checkpoint.unused.items()]
+    said = f"{len(checkpoint.tensors)} are the text model's, which uses each"
+    return f"{said}; left out: {', '.join(left_out)}" if left_out else f"{said}; no other is stored"
 
 
 def _require_there(folder: Path, what: str) -> None:

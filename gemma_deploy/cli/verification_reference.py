@@ -35,12 +35,21 @@ def checkpoint_logits(
         )
 
     found = _logits(load, rows, on_progress, "the checkpoint")
-    if not _are_finite(found):
+    require_finite(found, checkpoint)
+    return found
+
+
+def require_finite(logits: Sequence[FloatArray], checkpoint: Path) -> None:
+    """Refuse a checkpoint whose own logits are no numbers.
+
+    Raises:
+        CheckpointError: Any is NaN or infinite.
+    """
+    if not _are_finite(logits):
         raise CheckpointError(
             f"{checkpoint} itself gives logits that are NaN or infinite in float32, so "
             "nothing can be compared with it: its weights are damaged; download it again"
         )
-    return found
 
 
 def bundle_logits(

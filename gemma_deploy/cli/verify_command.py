@@ -37,6 +37,10 @@ scales in float32, to the same tolerances: ONNX Runtime's graphs then run withou
 8 bits, as they otherwise do (about 0.01 of the largest logit). And the distance of the bundle as it runs
 from its checkpoint is measured; --max-kl bounds it.
 
+The checkpoint's logits are those of transformers' AutoModelForCausalLM, which reads the checkpoint by
+itself: what the export read wrong shows as a difference. Without transformers that is not shown, which
+the check "reference" says; that no tensor of the text model was left out is checked either way.
+
 That a float16 bundle passes on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's
 CPU multiplies matrices in float32.
 """,
@@ -46,8 +50,8 @@ CPU multiplies matrices in float32.
     "--checkpoint",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Also compare logits with this checkpoint, run by eager torch in float32. Needs memory for "
-    "the model in float32.",
+    help="Also compare logits with this checkpoint, run in float32 by transformers, or where that (5 or "
+    "newer) is not installed by gemma-deploy's own torch model. Needs memory for the model in float32.",
 )
 @click.option(
     "--graph",

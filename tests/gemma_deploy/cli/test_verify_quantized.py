@@ -172,7 +172,7 @@ class TestDamage:
         result = invoke("verify", changed, "--checkpoint", bundle_checkpoint)
 
         assert result.exit_code == 1
-        assert "FAIL  checkpoint: the weights of" in result.stdout
+        assert "FAIL  weights: the weights of" in result.stdout
         assert "give logits that are NaN or infinite in float32" in result.stdout
 
 
