@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from gemma_deploy.config import CONFIG_FILE
+from gemma_deploy.errors import RequestError
 
 LICENCE_PATTERNS: Final = (
     "licen[cs]e*",
@@ -69,6 +70,17 @@ def explain_folder(path: Path) -> str | None:
         return _explain_file(path)
     except OSError as err:
         return f"{path} cannot be read: {err.strerror}; expected {_CHECKPOINT}"
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a path that is no checkpoint, before anything is read.
+
+    Raises:
+        RequestError: With what it is, see `explain_folder`.
+    """
+    wrong = explain_folder(path)
+    if wrong is not None:
+        raise RequestError(wrong)
 
 
 def _explain_file(path: Path) -> str:

@@ -19,7 +19,9 @@
         └── NonFiniteLogitsError      the model put out NaN or infinity
 
 A message says what is wrong, what was expected, what was found, and what to do. Every class carries
-the exit code that the command line uses for it: 2 for a request that cannot be, 1 for a failure.
+the exit code that the command line uses for it. It is 2 for a request that cannot be, on any machine
+and with any data: a value nobody knows, a path that is not there or is not what the command takes. It
+is 1 for one that can be and failed: damaged files, the network, what this machine lacks.
 """
 
 from typing import ClassVar

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 from gemma_deploy.checkpoint_files import LICENCE_PATTERNS, explain_folder
 from gemma_deploy.errors import HubError, RequestError
+from gemma_deploy.install_hint import install_line
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-INSTALL_LINE: Final = 'pip install "gemma-deploy[hub]"'
 
 # Weights, what describes them, and the tokenizer; `download` adds the licences. Never pickle or GGUF.
 WANTED_FILES: Final = (
@@ -105,7 +104,7 @@ def download(
     except ImportError as err:
         raise HubError(
             f"no folder {repo_id} exists here, and downloading a model of that name needs "
-            f"huggingface_hub, which is not installed: {INSTALL_LINE}"
+            f"huggingface_hub, which is not installed: {install_line('hub')}"
         ) from err
 
     # The bases hold the HTTP library's own root error, whichever library this version uses.

@@ -1,4 +1,5 @@
 import errno
+import re
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from gemma_deploy import hub
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.errors import HubError, RequestError
+from gemma_deploy.install_hint import install_line
 
 if TYPE_CHECKING:
     from tests.gemma_deploy.conftest import HubServer
@@ -146,7 +148,7 @@ class TestDownload:
     def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
-        with pytest.raises(HubError, match=r'not installed: pip install "gemma-deploy\[hub\]"'):
+        with pytest.raises(HubError, match=re.escape(f"not installed: {install_line('hub')}")):
             hub.download(MODEL)
 
     def test_cache_that_cannot_be_written(self, hub_server: "HubServer", tmp_path: Path) -> None:
