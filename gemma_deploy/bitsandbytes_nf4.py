@@ -3,7 +3,8 @@
 Beside NAME (U8 [N*K/2, 1], codes, the first of two in the high nibble) lie NAME.absmax (one scale for
 each block of codes), NAME.quant_map (the sixteen values), and NAME.quant_state.bitsandbytes__nf4: JSON
 as bytes. With "double quantization" absmax are codes themselves: NAME.nested_quant_map[absmax] *
-NAME.nested_absmax of their block + nested_offset.
+NAME.nested_absmax of their block + nested_offset. Scales and maps are float32, and bfloat16 or float16
+where the model has run before it was saved: on a CPU bitsandbytes rounds scales to bfloat16.
 Source: bitsandbytes' QuantState (https://github.com/bitsandbytes-foundation/bitsandbytes).
 """
 
@@ -12,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
 
 STATE_SUFFIX: Final = ".quant_state.bitsandbytes__nf4"
 
-_NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
-    "F32": np.dtype(np.float32),
-    "U8": np.dtype(np.uint8),
-}
+_FLOAT_BYTES: Final[Mapping[str, int]] = MappingProxyType({"F32": 4, "BF16": 2, "F16": 2})
 _NUM_VALUES = 16
+_NUM_NESTED_VALUES = 256
+_MAX_BLOCK_SIZE = 4096  # the largest that bitsandbytes has
+_MAX_STATE_BYTES = 1 << 20  # of some 200
 
 Read = Callable[["TensorInfo", int, int], bytes]
 """(tensor, first byte, byte after the last) -> those bytes of it."""
@@ -61,7 +63,7 @@ class Nf4Matrix:
         block_size: Codes of a block; blocks follow each other through the rows.
         codes: N*K/2 bytes.
         quant_map: The value of each code.
-        absmax: One scale for each block, float32, or codes where `nested` is there.
+        absmax: One scale for each block, or its code where `nested` is there.
         nested: What the scales' codes mean.
     """
 
@@ -95,14 +97,12 @@ class Nf4Matrix:
 
     def _scales(self, start: int, stop: int, read: Read) -> Floats:
         """Return the scales of blocks [start, stop), float32."""
-        item_bytes = _NUMPY_DTYPES[self.absmax.dtype].itemsize
-        raw = read(self.absmax, start * item_bytes, stop * item_bytes)
-        stored = np.frombuffer(raw, _NUMPY_DTYPES[self.absmax.dtype])
         if self.nested is None:
-            return stored.astype(np.float32)
+            return _floats(self.absmax, read, start, stop)
+        codes = np.frombuffer(read(self.absmax, start, stop), np.uint8)
         nested = self.nested
         outer = _floats(nested.absmax, read)[np.arange(start, stop) // nested.block_size]
-        scales: Floats = _floats(nested.quant_map, read)[stored] * outer
+        scales: Floats = _floats(nested.quant_map, read)[codes] * outer
         return scales + np.float32(nested.offset)
 
 
@@ -120,39 +120,41 @@ def nf4_matrix(
     Raises:
         CheckpointError: Parts are missing, or contradict each other or the shape.
     """
-    state = _state(found[name + STATE_SUFFIX], read)
-    try:
-        block_size, stored_shape = int(state["blocksize"]), tuple(map(int, state["shape"]))
-        nested = None
-        if "nested_blocksize" in state:
-            nested = NestedScales(
-                quant_map=found[f"{name}.nested_quant_map"],
-                absmax=found[f"{name}.nested_absmax"],
-                block_size=int(state["nested_blocksize"]),
-                offset=float(state["nested_offset"]),
-            )
-        parts = found[name], found[f"{name}.quant_map"], found[f"{name}.absmax"]
-    except (KeyError, TypeError, ValueError, OverflowError) as err:
+    state = _State(found[name + STATE_SUFFIX], read)
+    block_size = state.block_size("blocksize")
+    if state.shape() != shape or len(shape) != 2 or shape[1] % 2:
         raise CheckpointError(
-            f"{name} in {found[name].file} is NF4 of bitsandbytes, and lacks {err}: expected its "
-            "absmax, quant_map and quant_state beside it. Save the checkpoint again"
-        ) from err
-    smallest = min(block_size, block_size if nested is None else nested.block_size)
-    if stored_shape != shape or len(shape) != 2 or shape[1] % 2 or smallest < 1:
-        raise CheckpointError(
-            f"{name} in {found[name].file} is NF4 of shape {list(stored_shape)} in blocks of "
-            f"{smallest}, expected {list(shape)} by config.json: they belong to different models"
+            f"{name} in {found[name].file} is NF4 of shape {list(state.shape())}, expected "
+            f"{list(shape)} by config.json: they belong to different models"
+        )
+    nested = None
+    if state.is_nested:
+        nested = NestedScales(
+            quant_map=_part(name, "nested_quant_map", found),
+            absmax=_part(name, "nested_absmax", found),
+            block_size=state.block_size("nested_blocksize"),
+            offset=state.offset(),
         )
     matrix = Nf4Matrix(
         shape=(shape[0], shape[1]),
         block_size=block_size,
-        codes=parts[0],
-        quant_map=parts[1],
-        absmax=parts[2],
+        codes=found[name],
+        quant_map=_part(name, "quant_map", found),
+        absmax=_part(name, "absmax", found),
         nested=nested,
     )
     _check_sizes(name, matrix)
     return matrix
+
+
+def _part(name: str, part: str, found: Mapping[str, "TensorInfo"]) -> "TensorInfo":
+    info = found.get(f"{name}.{part}")
+    if info is None:
+        raise CheckpointError(
+            f"{name} in {found[name].file} is NF4 of bitsandbytes, and lacks {name}.{part}: expected "
+            "its absmax, quant_map and quant_state beside it. Save the checkpoint again"
+        )
+    return info
 
 
 def _check_sizes(name: str, matrix: Nf4Matrix) -> None:
@@ -161,42 +163,105 @@ def _check_sizes(name: str, matrix: Nf4Matrix) -> None:
     nested = matrix.nested
     # The dtype of codes is that of bnb_4bit_quant_storage, and says nothing: they are bytes.
     codes = dataclasses.replace(matrix.codes, dtype="U8")
-    expected: list[tuple[TensorInfo, str, int]] = [
-        (codes, "U8", math.prod(matrix.shape) // 2),
-        (matrix.quant_map, "F32", _NUM_VALUES),
-        (matrix.absmax, "F32" if nested is None else "U8", num_blocks),
+    floats, bytes_ = tuple(_FLOAT_BYTES), ("U8",)
+    expected: list[tuple[TensorInfo, tuple[str, ...], int]] = [
+        (codes, bytes_, math.prod(matrix.shape) // 2),
+        (matrix.quant_map, floats, _NUM_VALUES),
+        (matrix.absmax, floats if nested is None else bytes_, num_blocks),
     ]
     if nested is not None:
         expected += [
-            (nested.quant_map, "F32", 256),
-            (nested.absmax, "F32", -(-num_blocks // max(nested.block_size, 1))),
+            (nested.quant_map, floats, _NUM_NESTED_VALUES),
+            (nested.absmax, floats, -(-num_blocks // nested.block_size)),
         ]
-    for part, dtype, length in expected:
-        expected_bytes = length * _NUMPY_DTYPES[dtype].itemsize
-        if part.dtype != dtype or part.size_bytes != expected_bytes:
+    for part, dtypes, length in expected:
+        if part.dtype not in dtypes:
+            raise CheckpointError(
+                f"{part.name} in {part.file} is {part.dtype}, expected {' or '.join(dtypes)} of "
+                f"{name} in NF4: bitsandbytes writes nothing else that is read here. Use the original "
+                "float checkpoint"
+            )
+        expected_bytes = length * _FLOAT_BYTES.get(part.dtype, 1)
+        if part.size_bytes != expected_bytes:
             raise CheckpointError(
                 f"{part.name} in {part.file} is {part.dtype} of {part.size_bytes} bytes, expected "
-                f"{dtype} of {expected_bytes} bytes for {name} {list(matrix.shape)} in NF4: the file "
-                "is corrupt, download it again"
+                f"{expected_bytes} bytes for {name} {list(matrix.shape)} in NF4: the file is "
+                "corrupt, download it again"
             )
 
 
-def _state(info: "TensorInfo", read: Read) -> Mapping[str, Any]:
-    try:
-        state = json.loads(read(info, 0, info.size_bytes))
-        scheme = state["quant_type"]
-    except (ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(
-            f"{info.name} in {info.file} cannot be read: {err!r}. Expected JSON as bytes, as "
-            "bitsandbytes writes it; save the checkpoint again"
-        ) from err
-    if scheme != "nf4":
-        raise CheckpointError(
-            f"{info.name} in {info.file} says quant_type {scheme!r}; of bitsandbytes' types only "
-            "nf4 is read: use the original float checkpoint"
+class _State:
+    """What bitsandbytes wrote about a matrix; every entry is checked when it is asked for."""
+
+    def __init__(self, info: "TensorInfo", read: Read) -> None:
+        self._info = info
+        if info.size_bytes > _MAX_STATE_BYTES:
+            raise self._error(f"it has {info.size_bytes} bytes")
+        try:
+            raw = json.loads(read(info, 0, info.size_bytes))
+        except (ValueError, RecursionError) as err:
+            raise self._error(str(err)) from err
+        if not isinstance(raw, dict):
+            raise self._error(f"it holds {type(raw).__name__}")
+        self._raw: Mapping[str, Any] = raw
+        scheme = self._entry("quant_type")
+        if scheme != "nf4":
+            raise CheckpointError(
+                f"{info.name} in {info.file} says quant_type {_short(scheme)}; of bitsandbytes' types "
+                "only nf4 is read: use the original float checkpoint"
+            )
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the scales are quantized themselves."""
+        return "nested_blocksize" in self._raw
+
+    def block_size(self, name: str) -> int:
+        """Return a number of elements that share a scale."""
+        size = self._entry(name)
+        if type(size) is not int or not 1 <= size <= _MAX_BLOCK_SIZE:
+            raise self._error(
+                f"{name} is {_short(size)}, expected an integer from 1 to {_MAX_BLOCK_SIZE}"
+            )
+        return size
+
+    def shape(self) -> tuple[int, ...]:
+        """Return the matrix's shape."""
+        shape = self._entry("shape")
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise self._error(f"shape is {_short(shape)}, expected a list of integers")
+        return tuple(shape)
+
+    def offset(self) -> float:
+        """Return what is added to scales that were quantized themselves."""
+        offset = self._entry("nested_offset")
+        largest = float(np.finfo(np.float32).max)
+        if not isinstance(offset, int | float) or not -largest <= offset <= largest:
+            raise self._error(f"nested_offset is {_short(offset)}, expected a number of float32")
+        return float(offset)
+
+    def _entry(self, name: str) -> object:
+        if name not in self._raw:
+            raise self._error(f"it lacks {name}")
+        return self._raw[name]
+
+    def _error(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._info.name} in {self._info.file} cannot be used: {found}. Expected JSON as bytes, "
+            "as bitsandbytes writes it; save the checkpoint again"
         )
-    return dict(state)
 
 
-def _floats(info: "TensorInfo", read: Read) -> Floats:
-    return np.frombuffer(read(info, 0, info.size_bytes), np.float32)
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _floats(info: "TensorInfo", read: Read, start: int = 0, stop: int | None = None) -> Floats:
+    """Return elements [start, stop) of a tensor of floats, or all of it, as float32."""
+    size = _FLOAT_BYTES[info.dtype]
+    raw = read(info, start * size, info.size_bytes if stop is None else stop * size)
+    if info.dtype == "BF16":
+        # The upper half of a float32.
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, np.float16 if info.dtype == "F16" else np.float32).astype(np.float32)

@@ -34,7 +34,8 @@ class Bundle:
         Hashes are not computed here (see `changed_files`).
 
         Raises:
-            BundleError: No manifest, a broken one, a missing file or one of another size, or a
+            RequestError: There is no bundle at `folder`.
+            BundleError: A broken manifest, a missing file or one of another size, or a
                 tokenizer file that the manifest does not list.
             BundleVersionError: A format this version does not know.
             UnsafePathError: A path that leaves the folder.
@@ -130,15 +131,16 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
-    if not folder.exists():
-        raise BundleError(f"{folder} does not exist; expected the folder of a bundle")
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise RequestError(f"{folder} {found}; expected the folder of a bundle")
     if not path.is_file():
         hint = ""
         if (folder / "engine.json").is_file():
             hint = "; it is an engine: give the bundle that it was built from"
         if (folder / "config.json").is_file():
             hint = "; this looks like a checkpoint: run `gemma-deploy export` on it first"
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}{hint}")
+        raise RequestError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}{hint}")
     return _json_object(path)
 
 

@@ -5,6 +5,7 @@ from typing import Final
 
 from gemma_deploy.capability import Capability
 from gemma_deploy.doctor_tensorrt import tensorrt_capabilities
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.machine import Machine
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
@@ -63,7 +64,7 @@ def _export(machine: Machine) -> Capability:
             name="export",
             is_available=False,
             detail=f"{', '.join(missing)} not installed",
-            remedy="pip install --upgrade gemma-deploy",
+            remedy=install_line(),
         )
     detail = f"torch {machine.packages['torch']}, onnx {machine.packages['onnx']}"
     return Capability(name="export", is_available=True, detail=detail)
@@ -139,7 +140,7 @@ def _hub(machine: Machine) -> Capability:
         name="hub downloads",
         is_available=version is not None,
         detail=f"huggingface_hub {version}" if version else "huggingface_hub not installed",
-        remedy=None if version else 'pip install "gemma-deploy[hub]"',
+        remedy=None if version else install_line("hub"),
     )
 
 

@@ -14,6 +14,7 @@ from gemma_deploy.engine_fit import (
     why_not_with,
 )
 from gemma_deploy.errors import RequestError
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.machine import Machine
 from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
@@ -82,7 +83,7 @@ def _building(machine: Machine, flavour: Flavour) -> Capability:
             name=name,
             is_available=True,
             detail=f"{detail}, but only with --attention native: triton is not installed",
-            remedy=f'pip install "gemma-deploy[{flavour}]"',
+            remedy=install_line(flavour),
         )
     detail += f", triton {machine.packages['triton']}"
     if not machine.gpus:
@@ -156,7 +157,7 @@ def _library_problem(machine: Machine, flavour: Flavour, name: str) -> Capabilit
         name=name,
         is_available=False,
         detail=detail,
-        remedy=f'pip install "gemma-deploy[{flavour}]"',
+        remedy=install_line(flavour),
     )
 
 

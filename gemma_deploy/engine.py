@@ -25,6 +25,7 @@ from gemma_deploy.graph_spec import (
     GraphSpec,
     Phase,
 )
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.tensorrt.library import Flavour
 
 ENGINE_FILE = "engine.json"
@@ -214,7 +215,7 @@ def _parse(raw: Mapping[str, Any]) -> EngineManifest:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise BundleVersionError(
             f"{ENGINE_FILE} has format {version}, this gemma-deploy reads up to {FORMAT_VERSION}: "
-            "upgrade with `pip install --upgrade gemma-deploy`"
+            f"upgrade it: get the newer source, and {install_line()}"
         )
     try:
         manifest = EngineManifest(

@@ -21,7 +21,9 @@
 A `GemmaDeployWarning` says what was decided on a caller's behalf and may be a surprise.
 
 A message says what is wrong, what was expected, what was found, and what to do. Every class carries
-the exit code that the command line uses for it: 2 for a request that cannot be, 1 for a failure.
+the exit code that the command line uses for it. It is 2 for a request that cannot be, on any machine
+and with any data: a value nobody knows, a path that is not there or is not what the command takes. It
+is 1 for one that can be and failed: damaged files, the network, what this machine lacks.
 """
 
 import warnings

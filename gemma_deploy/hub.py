@@ -6,17 +6,17 @@ again. Protocol: https://huggingface.co/docs/hub/api
 """
 
 import errno
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from gemma_deploy.checkpoint_files import LICENCE_PATTERNS
-from gemma_deploy.errors import CheckpointError, HubError, RequestError
+from gemma_deploy.checkpoint_files import LICENCE_PATTERNS, explain_folder
+from gemma_deploy.errors import HubError, RequestError
+from gemma_deploy.install_hint import install_line
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-INSTALL_LINE: Final = 'pip install "gemma-deploy[hub]"'
 
 # Weights, what describes them, and the tokenizer; `download` adds the licences. Never pickle or GGUF.
 WANTED_FILES: Final = (
@@ -52,27 +52,26 @@ def resolve_checkpoint(source: str, *, revision: str | None = None) -> Path:
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
-        RequestError: A revision of a folder, or nothing is at `source` and it is no hub id.
-        CheckpointError: `source` is a file.
+        RequestError: A revision of a folder; or what is at `source` is no checkpoint, and nothing
+            a hub could have (see `explain_folder`).
         HubError: See `download`.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise RequestError(
-                f"revision {revision!r} was given, but {source} is a folder on this machine: "
-                "leave the revision out, or run where no such folder exists"
-            )
-        return folder
-    if is_hub_id(source) and not folder.exists():
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError as err:  # `~NAME` of nobody here
+        raise RequestError(f"{source} cannot be found: {err}") from err
+    if is_hub_id(source) and not os.path.lexists(folder):
         return download(source, revision=revision)
-    is_file = folder.exists()
-    # A path mistyped is a request that cannot be; a file in place of a folder is a broken checkpoint.
-    error = CheckpointError if is_file else RequestError
-    raise error(
-        f"{source} is {'a file' if is_file else 'not there'}; expected a folder in Hugging Face layout (config.json and "
-        "*.safetensors), or a model on the hub such as google/gemma-2b"
-    )
+    wrong = explain_folder(folder)
+    if wrong is not None:
+        other = "" if os.path.lexists(folder) else ", or a model on the hub such as google/gemma-2b"
+        raise RequestError(wrong + other)
+    if revision is not None:
+        raise RequestError(
+            f"revision {revision!r} was given, but {source} is a folder on this machine: "
+            "leave the revision out, or run where no such folder exists"
+        )
+    return folder
 
 
 def download(
@@ -105,7 +104,7 @@ def download(
     except ImportError as err:
         raise HubError(
             f"no folder {repo_id} exists here, and downloading a model of that name needs "
-            f"huggingface_hub, which is not installed: {INSTALL_LINE}"
+            f"huggingface_hub, which is not installed: {install_line('hub')}"
         ) from err
 
     # The bases hold the HTTP library's own root error, whichever library this version uses.

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 from gemma_deploy import memory
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint, expected_tensors
-from gemma_deploy.config import CONFIG_FILE, GemmaConfig
+from gemma_deploy.checkpoint_files import explain_folder
+from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.graph_spec import DType, Precision
@@ -129,23 +130,19 @@ def inspect_folder(folder: Path) -> Inspection:
     """Read what a bundle or a checkpoint holds; no weights are read (for engines: `EngineFolder.open`).
 
     Raises:
-        RequestError: There is nothing at `folder`.
-        BundleError: Neither of the two, or a bundle that is incomplete.
+        RequestError: Neither of the two is at `folder`.
+        BundleError: A bundle that is incomplete.
         CheckpointError: A checkpoint that is incomplete.
         ConfigError: A checkpoint of another model family.
     """
-    expected = (
-        f"expected the folder of a bundle ({MANIFEST_FILE}), an engine ({ENGINE_FILE}) or a "
-        f"checkpoint ({CONFIG_FILE})"
-    )
-    if not folder.exists():
-        raise RequestError(f"{folder} does not exist; {expected}")
     if (folder / MANIFEST_FILE).is_file():
         return _inspect_bundle(Bundle.open(folder))
-    if (folder / CONFIG_FILE).is_file():
-        return _inspect_checkpoint(Checkpoint.open(folder))
-    found = "holds no model" if folder.is_dir() else "is not a folder"
-    raise BundleError(f"{folder} {found}; {expected}")
+    wrong = explain_folder(folder)
+    if wrong is not None:
+        raise RequestError(
+            f"{wrong}. A bundle ({MANIFEST_FILE}) or an engine ({ENGINE_FILE}) would do, too"
+        )
+    return _inspect_checkpoint(Checkpoint.open(folder))
 
 
 def plan_sizes(engine: EngineFolder) -> dict[str, int]:

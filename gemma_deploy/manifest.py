@@ -23,6 +23,7 @@ from gemma_deploy.graph_spec import (
     graph_name,
     graph_spec,
 )
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.residual_scaling import ResidualScaling
 
@@ -247,7 +248,7 @@ def _check_version(version: object, folder: Path) -> None:
     if version > FORMAT_VERSION:
         raise BundleVersionError(
             f"{folder} has bundle format {version}, this gemma-deploy reads up to "
-            f"{FORMAT_VERSION}: upgrade with `pip install --upgrade gemma-deploy`"
+            f"{FORMAT_VERSION}: upgrade it: get the newer source, and {install_line()}"
         )
 
 

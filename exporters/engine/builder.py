@@ -18,6 +18,7 @@ from gemma_deploy.exporters.engine.profiles import Profile
 from gemma_deploy.exporters.engine.targets import target_constants
 from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import GraphSpec, TensorSpec
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.tensorrt import TensorRTLibrary
 from gemma_deploy.tensorrt.tensors import DTYPE_NAMES
 
@@ -47,7 +48,7 @@ def check_features(library: TensorRTLibrary) -> None:
             raise BackendUnavailableError(
                 f"{library.flavour} {library.version} has no {owner}.{name}; expected TensorRT "
                 "10.15 or TensorRT for RTX 1.5, or newer: "
-                f'pip install --upgrade "gemma-deploy[{library.flavour}]"'
+                f"{install_line(library.flavour, '--upgrade')}"
             )
 
 

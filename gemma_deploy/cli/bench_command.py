@@ -220,6 +220,7 @@ def command(
 def _checkpoint(bundle: Path, checkpoint: Path | None) -> Path:
     """Return the checkpoint that baselines run: of the same model, or the model itself."""
     from gemma_deploy.checkpoint import Checkpoint
+    from gemma_deploy.checkpoint_files import require_checkpoint
     from gemma_deploy.cli.checks import require_same_model
     from gemma_deploy.runtime.source import ModelSource
 
@@ -230,6 +231,7 @@ def _checkpoint(bundle: Path, checkpoint: Path | None) -> Path:
             "--against runs baselines on a checkpoint: give --checkpoint FOLDER, the one that "
             f"{bundle} was made of"
         )
+    require_checkpoint(checkpoint or bundle)
     opened = Checkpoint.open(checkpoint or bundle)
     require_same_model(bundle, source.config, opened)
     return opened.folder

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_files import require_checkpoint
 from gemma_deploy.cli.checks import require_same_model
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import RequestError
@@ -69,6 +70,8 @@ class TextEvaluation:
             SessionError: The backend failed.
         """
         source = ModelSource.open(self.model)
+        if self.reference is not None:
+            require_checkpoint(self.reference)
         bos, token_ids = self._tokens(source)
         if self.reference is not None:
             require_same_model(source.folder, source.config, Checkpoint.open(self.reference))

@@ -44,7 +44,7 @@ multiplies matrices in float32.
 An interrupted calibration (--method awq or gptq) continues after its last layer when the same command
 runs again; until then its results are kept in BUNDLE.calibration.
 
-A hub id needs `pip install "gemma-deploy[hub]"`; HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
+A hub id needs the extra hub (`pip install ".[hub]"` in the clone); HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
 A folder of that name wins over the hub.
 """,
 )

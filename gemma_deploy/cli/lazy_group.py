@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from gemma_deploy.errors import GemmaDeployError
+from gemma_deploy.install_hint import install_line
 
 # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED_EXIT_CODE: Final = 130
@@ -67,7 +68,7 @@ def explain_missing_package(package: str, verb: str | None) -> str:
     """Return that a verb needs a package, and how to install it."""
     text = f"this needs the Python package {package}, which is not installed: pip install {package}"
     if verb in _MAKING_VERBS:
-        text += f"; `pip install gemma-deploy` installs all that {verb} needs"
+        text += f". All that {verb} needs: {install_line()}"
     return text
 
 

@@ -69,8 +69,10 @@ Examples:
   gemma-deploy generate gemma-2b "The for statement is used to"
   gemma-deploy COMMAND --help
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 failure, 2 a
-command or request that cannot be, 130 interrupted with Ctrl-C.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 success; 2 what was typed
+cannot be (an unknown option or value, a path that is not there or not what the verb takes, an
+output that exists); 1 it can be, and failed (damaged files, the network, a package, a device or
+memory that is missing, a check that did not pass); 130 interrupted with Ctrl-C.
 """
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import RequestError
 from gemma_deploy.model.attend import AttentionImplementation
+from gemma_deploy.model.inputs import check_kept, check_labels
 from gemma_deploy.model.kv_cache import KVCache
 from gemma_deploy.model.loading import load_model
 from gemma_deploy.model.outputs import CausalLMOutput
@@ -127,15 +127,11 @@ class GemmaForCausalLM(nn.Module):
             **model_inputs: See `GemmaModel.forward`.
 
         Raises:
-            RequestError: If inputs contradict each other.
+            RequestError: If inputs are of another kind, or contradict each other.
         """
         output = self.model(input_ids, **model_inputs)
         hidden = output.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:]
-        else:
-            hidden = hidden[:, logits_to_keep]
-        logits = self.logits(hidden)
+        logits = self.logits(hidden[:, check_kept(logits_to_keep, hidden.shape[1])])
         return CausalLMOutput(
             logits=logits,
             loss=None if labels is None else next_token_loss(logits, labels),
@@ -149,13 +145,10 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of logits [B, S, V] at i for labels [B, S] at i + 1.
 
     Raises:
-        RequestError: If there is not one label for each position with logits.
+        RequestError: If labels are not int64, not one for each position with logits, or on a CPU
+            none of the vocabulary.
     """
-    if labels.shape != logits.shape[:2]:
-        raise RequestError(
-            f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}: expected one "
-            "label for each position with logits. Leave logits_to_keep at 0 when training"
-        )
+    targets = check_labels(labels, logits, ignored=IGNORE_INDEX)
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+        logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE_INDEX
     )

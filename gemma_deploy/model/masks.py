@@ -16,19 +16,37 @@ class StepMasks:
         padding_mask: [B, <= step.length], nonzero where a slot holds a token; None for no padding.
             Slots it does not reach are masked.
         is_bidirectional: Whether tokens also see later ones.
+        documents: Number of each token's document, int64 [B or 1, S]: tokens see those of their own
+            only, and there are none but the step's. None for one document.
     """
 
-    def __init__(self, step: Step, padding_mask: Tensor | None, *, is_bidirectional: bool) -> None:
+    def __init__(
+        self,
+        step: Step,
+        padding_mask: Tensor | None,
+        *,
+        is_bidirectional: bool,
+        documents: Tensor | None = None,
+    ) -> None:
         self._step = step
         self._is_bidirectional = is_bidirectional
         self._padding = None if padding_mask is None else _padding(padding_mask, step)
+        self._documents = documents
         self._dense: dict[int | None, Tensor] = {}
+
+    def is_token(self) -> Tensor | None:
+        """Return which of the step's tokens are no padding, bool [B, S]; None for all of them."""
+        if self._padding is None:
+            return None
+        rows = max(self._padding.shape[0], self._step.positions.shape[0])
+        return self._padding.expand(rows, -1).gather(1, self._step.positions.expand(rows, -1))
 
     def is_all_visible(self, window: int | None) -> bool:
         """Return whether every token sees every slot, so that no mask is needed."""
         is_last = self._step.length - self._step.start == 1  # one token, nothing after it
         return (
             self._padding is None
+            and self._documents is None
             and self._step.is_run
             and (self._is_bidirectional or is_last)
             and self._reaches_all(window)
@@ -38,6 +56,7 @@ class StepMasks:
         """Return whether the mask is exactly a square lower triangle."""
         return (
             self._padding is None
+            and self._documents is None
             and self._step.is_run
             and self._step.start == 0
             and not self._is_bidirectional
@@ -70,6 +89,8 @@ class StepMasks:
             mask &= distance.abs() < self._reach(window)
         if self._padding is not None:
             mask = mask & self._padding[:, None, :]
+        if self._documents is not None:
+            mask = mask & (self._documents[:, :, None] == self._documents[:, None, :])
         return mask[:, None]
 
 

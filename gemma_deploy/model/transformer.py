@@ -17,11 +17,17 @@ from gemma_deploy.errors import RequestError
 from gemma_deploy.model.attend import AttentionImplementation, CachedAttention
 from gemma_deploy.model.attention import Attend, GemmaAttention
 from gemma_deploy.model.feed_forward import GemmaFeedForward
+from gemma_deploy.model.inputs import (
+    check_cache,
+    check_companions,
+    check_embeddings,
+    check_token_ids,
+)
 from gemma_deploy.model.kv_cache import DynamicCache, KVCache, Step
 from gemma_deploy.model.loading import load_model
-from gemma_deploy.model.masks import StepMasks
 from gemma_deploy.model.norm import RMSNorm
 from gemma_deploy.model.outputs import ModelOutput
+from gemma_deploy.model.packed_documents import step_masks
 from gemma_deploy.model.rotary import RotaryEmbedding
 
 
@@ -187,8 +193,11 @@ class GemmaModel(nn.Module):
             input_ids: int64 [B, S]; this or `inputs_embeds`.
             attention_mask: [B, cached + S], nonzero where there is a token; padding left or right.
                 None for no padding.
-            position_ids: int64 [B or 1, S], for rotary embedding; by default the cache slots.
-            past_key_values: Cache to read and write; its tensors change.
+            position_ids: int64 [B or 1, S], for rotary embedding; by default the cache slots. Where
+                they do not go on by 1, another document begins: without a cache and a mask,
+                documents do not see each other. Elsewhere positions that go back are refused.
+            past_key_values: Cache to read and write, a `DynamicCache` or `StaticCache` of this
+                package; its tensors change.
             inputs_embeds: Scaled embeddings [B, S, D].
             use_cache: Whether to start a DynamicCache when no cache is given; by default as the
                 config says.
@@ -198,28 +207,42 @@ class GemmaModel(nn.Module):
                 by default those behind the cached tokens.
 
         Raises:
-            RequestError: If inputs contradict each other; PromptTooLongError if a StaticCache
-                is too small.
+            RequestError: If inputs are of another kind, dtype or shape, contradict each other, or
+                on a CPU hold ids outside the vocabulary; PromptTooLongError if a StaticCache is
+                too small.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise RequestError("give exactly one of input_ids and inputs_embeds")
-        embeds = inputs_embeds if input_ids is None else self.embed(input_ids)
-        if embeds is None:  # unreachable; tells type checkers what the check above has shown
-            raise RequestError("inputs_embeds is missing")
+        embeds = self._embeddings(input_ids, inputs_embeds)
+        check_companions(
+            embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+        )
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = DynamicCache() if past_key_values is None and use_cache else past_key_values
+        cache: KVCache | None = DynamicCache() if use_cache else None
+        if past_key_values is not None:
+            cache = check_cache(past_key_values, self.config, embeds.shape[0])
         step = Step.after(
             0 if cache is None else cache.get_seq_length(),
             embeds.shape[1],
             embeds.device,
             cache_position,
         )
+        if cache is None and (step.start, step.length) != (0, embeds.shape[1]):
+            raise RequestError(
+                f"cache_position asks for slots {step.start} to {step.length - 1} and there is no "
+                "cache: pass past_key_values, or leave cache_position out"
+            )
         attend = CachedAttention(
             rotary=self.rotary_emb,
             position_ids=step.positions if position_ids is None else position_ids,
             step=step,
-            masks=StepMasks(
-                step, attention_mask, is_bidirectional=self.config.use_bidirectional_attention
+            masks=step_masks(
+                step,
+                attention_mask,
+                position_ids,
+                has_cache=cache is not None,
+                is_bidirectional=self.config.use_bidirectional_attention,
             ),
             cache=cache,
             implementation="eager" if output_attentions else self.attn_implementation,
@@ -235,6 +258,15 @@ class GemmaModel(nn.Module):
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             attentions=None if attentions is None else tuple(attentions),
         )
+
+    def _embeddings(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return the scaled embeddings [B, S, D] of whichever is given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give exactly one of input_ids and inputs_embeds")
+        weight = self.embed_tokens.weight
+        if input_ids is None:
+            return check_embeddings(inputs_embeds, weight)
+        return self.embed(check_token_ids(input_ids, weight))
 
 
 def _at_positions(hidden: Tensor, index: Tensor | None) -> Tensor:

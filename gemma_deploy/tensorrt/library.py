@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from gemma_deploy.errors import BackendUnavailableError
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.tensorrt.library_name import give_unversioned_name
 from gemma_deploy.tensorrt.log import TensorRTLog
 
@@ -44,18 +45,18 @@ def load_library(flavour: Flavour) -> TensorRTLibrary:
         BackendUnavailableError: It is not installed, or cannot be loaded; with the install line.
     """
     name = _MODULES[flavour]
-    install = f'pip install "gemma-deploy[{flavour}]"'
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as err:  # OSError: the package opens its libraries itself
         raise BackendUnavailableError(
             f"the {flavour} backend needs the Python package {name}, which cannot be imported: "
-            f"{err}. {install}"
+            f"{err}. {install_line(flavour)}"
         ) from err
     if not hasattr(module, "Builder"):
         # What `pip uninstall` leaves of a package whose parts are packages of their own.
         raise BackendUnavailableError(
-            f"the Python package {name} is installed incompletely: {install} --force-reinstall"
+            f"the Python package {name} is installed incompletely: "
+            f"{install_line(flavour, '--force-reinstall')}"
         )
     if flavour == "tensorrt-rtx":
         give_unversioned_name("libtensorrt_rtx.so", "libtensorrt_rtx.so.1")

@@ -10,6 +10,7 @@ from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, Checkpoint
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BackendUnavailableError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, cache_bytes
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.memory import activation_bytes, num_parameters
 from gemma_deploy.runtime.benchmark.gpu_memory import free_gpu_bytes
 from gemma_deploy.runtime.benchmark.plan import Baseline, cached_tokens
@@ -45,7 +46,7 @@ def check_installed(baselines: Iterable[Baseline]) -> None:
             if importlib.util.find_spec(package) is None:
                 raise BackendUnavailableError(
                     f"{name} needs the Python package {package}, which is not installed: "
-                    "pip install 'gemma-deploy[bench]', or leave that baseline out"
+                    f"{install_line('bench')}; or leave that baseline out"
                 )
 
 

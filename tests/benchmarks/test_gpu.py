@@ -22,6 +22,7 @@ from benchmarks.gpu import (
 from gemma_deploy.cli.main import cli
 from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.doctor import capabilities
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.machine import Machine
 from gemma_deploy.runtime.benchmark.results import BenchReport
 
@@ -90,7 +91,7 @@ class TestRefusal:
 
         assert reason is not None
         assert "tensorrt not installed" in reason
-        assert 'pip install "gemma-deploy[tensorrt]"' in reason
+        assert install_line("tensorrt") in reason
 
     def test_every_capability_exists(self) -> None:
         names = {x.name for x in capabilities(MACHINE)}

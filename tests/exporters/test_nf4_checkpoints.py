@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, ConfigError, RequestError
@@ -52,7 +54,7 @@ RECORDED_OFFSET = 1.9977490901947021
 RECORDED_NESTED_HEAD = [0.0, 0.7273454666137695, 1.0060703754425049, 0.1619071066379547]
 
 
-def _state(shape: tuple[int, ...], **more: Any) -> npt.NDArray[np.uint8]:
+def _state(shape: tuple[int, ...], /, **more: Any) -> npt.NDArray[np.uint8]:
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32", "shape": list(shape)}
     return np.frombuffer(json.dumps(state | more).encode(), np.uint8)
 
@@ -193,31 +195,32 @@ def _with(suffix: str, value: npt.NDArray[Any]) -> Callable[[Tensors], object]:
     [
         (_without(".absmax"), r"lacks .*up_proj.weight.absmax"),
         (_without(".quant_map"), r"lacks .*up_proj.weight.quant_map"),
-        (_with(".absmax", np.ones(5, np.float32)), r"absmax .* of 20 bytes, expected F32 of 512"),
+        (
+            _with(".absmax", np.ones(5, np.float32)),
+            r"absmax .* F32 of 20 bytes, expected 512 bytes",
+        ),
         (
             _with("", np.zeros((7, 1), np.uint8)),
-            r"up_proj.weight .* of 7 bytes, expected U8 of 4096",
+            r"up_proj.weight .* U8 of 7 bytes, expected 4096 bytes",
         ),
         (
             _with(".quant_state.bitsandbytes__nf4", _state((64, 128))),
-            r"NF4 of shape \[64, 128\] .* expected \[128, 64\]",
+            r"NF4 of shape \[64, 128\], expected \[128, 64\]",
         ),
         (
             _with(".quant_state.bitsandbytes__nf4", np.frombuffer(b"{nonsense", np.uint8)),
-            r"quant_state.bitsandbytes__nf4 .* cannot be read",
+            r"quant_state.bitsandbytes__nf4 in .* cannot be used: Expecting property name",
         ),
         (
             _with(".quant_state.bitsandbytes__nf4", _state((128, 64), quant_type="fp4")),
             r"quant_type 'fp4'; .* only nf4 is read",
         ),
         (
-            _with(".quant_state.bitsandbytes__nf4", _state((128, 64), blocksize=float("inf"))),
-            r"lacks cannot convert float infinity to integer",
+            _with(".absmax", np.ones(128, np.float64)),
+            r"absmax .* is F64, expected F32 or BF16 or F16",
         ),
-        (
-            _with(".quant_state.bitsandbytes__nf4", _state((128, 64), blocksize=0)),
-            r"in blocks of 0, expected \[128, 64\]",
-        ),
+        (_with(".absmax", np.ones(128, np.uint8)), r"absmax .* is U8, expected F32 or BF16 or F16"),
+        (_with(".quant_map", np.ones(16, np.int32)), r"quant_map .* is I32, expected F32 or BF16"),
     ],
 )
 def test_broken_parts_are_named(
@@ -229,6 +232,161 @@ def test_broken_parts_are_named(
     _write(tiny_checkpoint("gemma3"), tmp_path, change=change)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(tmp_path)
+
+
+_NESTED = {"nested_blocksize": NESTED_BLOCK, "nested_offset": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        *(
+            ({"blocksize": size}, rf"blocksize is {found}, expected an integer from 1 to 4096")
+            for size, found in [
+                (0, "0"),
+                (-64, "-64"),
+                (10**10, "10000000000"),
+                (10**30, "10{30}"),
+                (10**400, r"10{79}\.\.\."),
+                (64.5, "64.5"),
+                (64.0, "64.0"),
+                (True, "True"),
+                ("64", "'64'"),
+                (None, "None"),
+                ([64], r"\[64\]"),
+                (float("inf"), "inf"),
+                (float("nan"), "nan"),
+            ]
+        ),
+        (_NESTED | {"nested_blocksize": 0}, "nested_blocksize is 0, expected an integer"),
+        (_NESTED | {"nested_blocksize": 10**30}, "nested_blocksize is 10{30}, expected an integer"),
+        *(
+            (_NESTED | {"nested_offset": offset}, rf"nested_offset is {found}, expected a number")
+            for offset, found in [
+                (float("nan"), "nan"),
+                (float("-inf"), "-inf"),
+                (1e300, r"1e\+300"),
+                (10**400, r"10{79}\.\.\."),
+                ("1", "'1'"),
+                (None, "None"),
+            ]
+        ),
+        ({"nested_blocksize": NESTED_BLOCK}, "it lacks nested_offset"),
+        ({"shape": [128, -64]}, r"NF4 of shape \[128, -64\], expected \[128, 64\]"),
+        ({"shape": [128]}, r"NF4 of shape \[128\], expected \[128, 64\]"),
+        ({"shape": [10**400, 1]}, "NF4 of shape .*, expected"),
+        ({"shape": "128"}, "shape is '128', expected a list of integers"),
+        ({"shape": 8192}, "shape is 8192, expected a list of integers"),
+        ({"shape": [128.0, 64]}, r"shape is \[128.0, 64\], expected a list of integers"),
+        ({"quant_type": ["nf4"]}, r"says quant_type \['nf4'\]; .* only nf4 is read"),
+    ],
+)
+def test_states_that_cannot_be(
+    entries: dict[str, Any],
+    message: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    state = _state((128, 64), **entries)
+    change = _with(".quant_state.bitsandbytes__nf4", state)
+    _write(
+        tiny_checkpoint("gemma3"), tmp_path, is_nested="nested_blocksize" in entries, change=change
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["quant_type", "blocksize", "shape"])
+def test_states_that_lack_something(
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    state = json.loads(_state((128, 64)).tobytes())
+    del state[name]
+    raw = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    change = _with(".quant_state.bitsandbytes__nf4", raw)
+    _write(tiny_checkpoint("gemma3"), tmp_path, change=change)
+    with pytest.raises(CheckpointError, match=f"cannot be used: it lacks {name}. Expected JSON"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"[1]", "it holds list"),
+        (b"nf4", "cannot be used: Expecting value"),
+        (b"\xff\xfe", "cannot be used: "),
+        (b"[" * 200_000, "cannot be used: maximum recursion depth"),
+        (b" " * 2_000_000, "it has 2000000 bytes"),
+    ],
+)
+def test_states_that_are_no_object(
+    raw: bytes, message: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    change = _with(".quant_state.bitsandbytes__nf4", np.frombuffer(raw, np.uint8))
+    _write(tiny_checkpoint("gemma3"), tmp_path, change=change)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+
+
+_NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOAT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def _narrow(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Store all scales and maps in a narrow dtype; return what the matrices then stand for."""
+    stored = load_torch_file(folder / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith(_FLOAT_PARTS) and tensor.is_floating_point():
+            stored[name] = tensor.to(dtype)
+    save_torch_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    marker = ".quant_state.bitsandbytes__nf4"
+    names = [name.removesuffix(marker) for name in stored if name.endswith(marker)]
+    return {name: _dequantized(stored, name) for name in names}
+
+
+def _dequantized(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return the matrix that parts stand for, in float64."""
+    state = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    packed = stored[name].flatten().long()
+    codes = torch.stack((packed // 16, packed % 16), dim=-1).flatten()
+    scales = stored[f"{name}.absmax"]
+    if "nested_blocksize" in state:
+        outer = stored[f"{name}.nested_absmax"].double().repeat_interleave(NESTED_BLOCK)
+        inner = stored[f"{name}.nested_quant_map"].double()[scales.long()]
+        scales = inner * outer[: len(inner)] + state["nested_offset"]
+    values = stored[f"{name}.quant_map"].double()[codes]
+    return (values * scales.double().repeat_interleave(BLOCK)).reshape(state["shape"])
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_and_maps_in_16_bits(
+    dtype: str, is_nested: bool, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    _write(tiny_checkpoint("gemma3"), tmp_path, is_nested)
+    meant = _narrow(tmp_path, _NARROW[dtype])
+    model = GemmaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, expected in meant.items():
+        ours = model.get_parameter(name).detach().double()
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_export_of_scales_in_16_bits(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, folder = tmp_path / "checkpoint", tmp_path / "bundle"
+    _write(tiny_checkpoint("gemma3"), source)
+    meant = _narrow(source, torch.bfloat16)
+    bundle = export_checkpoint(source, folder, graphs=["onnxruntime"])
+    stored, written = (
+        load_torch_file(x) for x in (source / "model.safetensors", bundle.weights_path)
+    )
+    for name in meant:
+        assert torch.equal(written[name].reshape(-1, 1), stored[name])
+        scales = written[f"{name}.scales"].flatten().double()
+        # In float16, whose 11 bits hold a bfloat16's 8; the map's largest value is 1.
+        assert torch.equal(scales, stored[f"{name}.absmax"].double())
 
 
 @pytest.mark.parametrize(

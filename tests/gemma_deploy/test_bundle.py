@@ -14,10 +14,16 @@ import pytest
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import BundleError, BundleVersionError, UnsafePathError
+from gemma_deploy.errors import (
+    BundleError,
+    BundleVersionError,
+    RequestError,
+    UnsafePathError,
+)
 from gemma_deploy.external_data import check_external_data
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.manifest import Manifest
 from gemma_deploy.residual_scaling import ResidualScaling
 from gemma_deploy.safe_paths import safe_path
@@ -212,16 +218,16 @@ def test_a_generation_config_that_is_no_object(folder: Path) -> None:
 
 
 def test_a_folder_without_manifest(tmp_path: Path) -> None:
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(RequestError) as caught:
         Bundle.open(tmp_path)
     assert str(caught.value) == f"{tmp_path} is not a bundle: it has no manifest.json"
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
 
 
 def test_a_checkpoint_in_place_of_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
-        BundleError, match="this looks like a checkpoint: run `gemma-deploy export`"
+        RequestError, match="this looks like a checkpoint: run `gemma-deploy export`"
     ):
         Bundle.open(tmp_path)
 
@@ -245,8 +251,8 @@ def test_a_file_of_another_size(folder: Path) -> None:
 def test_a_newer_format(folder: Path) -> None:
     edit(folder, "format_version", 2)
     message = (
-        f"{folder} has bundle format 2, this gemma-deploy reads up to 1: upgrade with "
-        "`pip install --upgrade gemma-deploy`"
+        f"{folder} has bundle format 2, this gemma-deploy reads up to 1: upgrade it: get the newer "
+        f"source, and {install_line()}"
     )
     with pytest.raises(BundleVersionError, match=re.escape(message)):
         Bundle.open(folder)

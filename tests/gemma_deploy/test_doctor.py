@@ -5,6 +5,7 @@ import pytest
 from gemma_deploy.capability import Capability
 from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.doctor import capabilities, is_useful, warnings
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.machine import Machine
 
 BARE = Machine(
@@ -121,7 +122,7 @@ class TestCapabilities:
         found = judged(WITH_GPU, "hub downloads")
 
         assert not found.is_available
-        assert found.remedy == 'pip install "gemma-deploy[hub]"'
+        assert found.remedy == install_line("hub")
 
     @pytest.mark.parametrize(
         ("system", "package"),
@@ -154,7 +155,7 @@ class TestCapabilities:
     @pytest.mark.parametrize(
         ("name", "remedy"),
         [
-            ("export", "pip install --upgrade gemma-deploy"),
+            ("export", install_line()),
             ("torch on the CPU", "pip install torch"),
             (
                 "ONNX Runtime on the CPU",

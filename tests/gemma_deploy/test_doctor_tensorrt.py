@@ -9,6 +9,7 @@ from gemma_deploy.capability import Capability
 from gemma_deploy.cuda_driver import Gpu
 from gemma_deploy.doctor_tensorrt import engine_verdicts, tensorrt_capabilities
 from gemma_deploy.errors import RequestError
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.machine import Machine, read_machine
 
 GPU = Gpu(name="RTX 4090", compute_capability=(8, 9), memory_bytes=24 << 30)
@@ -83,7 +84,7 @@ def test_a_library_that_is_not_there(flavour: str, with_gpu: Machine) -> None:
             found = judged(machine, f"{doing} {flavour} engines")
             assert found.is_available is False
             assert found.detail == detail
-            assert found.remedy == f'pip install "gemma-deploy[{flavour}]"'
+            assert found.remedy == install_line(flavour)
 
 
 def test_each_helper_is_missed_where_it_is_needed(with_gpu: Machine) -> None:

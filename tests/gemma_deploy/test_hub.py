@@ -1,4 +1,5 @@
 import errno
+import re
 import socket
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 
 from gemma_deploy import hub
 from gemma_deploy.checkpoint_files import is_licence
-from gemma_deploy.errors import CheckpointError, HubError, RequestError
+from gemma_deploy.errors import HubError, RequestError
+from gemma_deploy.install_hint import install_line
 
 if TYPE_CHECKING:
     from tests.gemma_deploy.conftest import HubServer
@@ -146,7 +148,7 @@ class TestDownload:
     def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
-        with pytest.raises(HubError, match=r'not installed: pip install "gemma-deploy\[hub\]"'):
+        with pytest.raises(HubError, match=re.escape(f"not installed: {install_line('hub')}")):
             hub.download(MODEL)
 
     def test_cache_that_cannot_be_written(self, hub_server: "HubServer", tmp_path: Path) -> None:
@@ -170,31 +172,40 @@ class TestDownload:
 
 class TestResolveCheckpoint:
     def test_a_folder_is_itself(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+
         assert hub.resolve_checkpoint(str(tmp_path)) == tmp_path
 
     def test_a_folder_wins_over_a_hub_id(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "org" / "tiny-gemma").mkdir(parents=True)
+        (tmp_path / "org" / "tiny-gemma" / "config.json").write_text("{}")
         monkeypatch.chdir(tmp_path)
 
         assert hub.resolve_checkpoint(MODEL) == Path(MODEL)
 
     def test_a_folder_has_no_revisions(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+
         with pytest.raises(RequestError, match=r"revision 'v1' was given, but .* is a folder"):
             hub.resolve_checkpoint(str(tmp_path), revision="v1")
 
     @pytest.mark.parametrize("source", ["./org/name", "/org/name", "a/b/c", "name", "~/name"])
     def test_neither_a_folder_nor_a_hub_id(self, source: str) -> None:
-        with pytest.raises(RequestError, match="is not there; expected a folder"):
+        with pytest.raises(RequestError, match=r"does not exist; expected .*on the hub such as"):
             hub.resolve_checkpoint(source)
 
     def test_a_file(self, tmp_path: Path) -> None:
         file = tmp_path / "model.safetensors"
         file.touch()
 
-        with pytest.raises(CheckpointError, match="is a file; expected a folder"):
+        with pytest.raises(RequestError, match="is a file; expected a checkpoint"):
             hub.resolve_checkpoint(str(file))
+
+    def test_a_home_of_nobody(self) -> None:
+        with pytest.raises(RequestError, match="cannot be found: Could not determine home"):
+            hub.resolve_checkpoint("~nobody-of-this-name/gemma")
 
 
 def download(

@@ -53,18 +53,18 @@ class TestCheckpoint:
 class TestNeither:
     def test_empty_folder(self, tmp_path: Path) -> None:
         with pytest.raises(
-            BundleError, match=r"holds no model; expected the folder of a bundle \(manifest.json\)"
+            RequestError, match=r"has no config.json; .* A bundle \(manifest.json\) or an engine"
         ):
             inspect_folder(tmp_path)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(RequestError, match="does not exist; expected the folder of a bundle"):
+        with pytest.raises(RequestError, match="does not exist; expected a checkpoint"):
             inspect_folder(tmp_path / "nowhere")
 
     def test_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
 
-        with pytest.raises(BundleError, match="is not a folder; expected the folder of a bundle"):
+        with pytest.raises(RequestError, match="is a file; expected a checkpoint"):
             inspect_folder(tmp_path / "file")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.runtime.benchmark import sweep
 from gemma_deploy.runtime.benchmark.machine_rates import MachineRates
 from gemma_deploy.runtime.benchmark.results import BenchReport
@@ -138,7 +139,7 @@ def test_a_baseline_that_is_not_installed(
     options = ("--against", "transformers", "--checkpoint", bundle_checkpoint)
     result = invoke("bench", bundle, *SHORT, *options)
     assert result.exit_code == 1
-    assert "pip install 'gemma-deploy[bench]'" in result.stderr
+    assert install_line("bench") in result.stderr
 
 
 def test_help_teaches(invoke: Invoke) -> None:

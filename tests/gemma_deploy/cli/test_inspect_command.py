@@ -250,8 +250,6 @@ class TestNeither:
     def test_says_what_was_expected(self, invoke: Callable[..., Result], tmp_path: Path) -> None:
         result = invoke("inspect", tmp_path)
 
-        assert result.exit_code == 1
-        assert (
-            f"{tmp_path} holds no model; expected the folder of a bundle (manifest.json), an engine "
-            "(engine.json) or a checkpoint (config.json)"
-        ) in result.stderr
+        assert result.exit_code == 2
+        assert f"{tmp_path} has no config.json; it holds nothing" in result.stderr
+        assert "A bundle (manifest.json) or an engine (engine.json) would do, too" in result.stderr

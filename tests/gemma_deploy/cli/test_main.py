@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 
 from gemma_deploy.cli.main import COMMANDS
+from gemma_deploy.install_hint import install_line
 
 HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "numpy", "rich", "tokenizers", "jinja2"}
 
@@ -95,6 +96,8 @@ class TestErrors:
     def test_failure_is_one_line_and_exit_code_1(
         self, invoke: Callable[..., Result], tmp_path: Path
     ) -> None:
+        (tmp_path / "manifest.json").write_text("[]")
+
         result = invoke("inspect", tmp_path)
 
         assert result.exit_code == 1
@@ -102,31 +105,102 @@ class TestErrors:
         assert result.stderr.startswith("Error: ")
         assert "Traceback" not in result.stderr
 
+    @pytest.mark.parametrize("path", ["nowhere", "notes.txt", "empty"])
     @pytest.mark.parametrize(
         "arguments",
         [
-            ["generate", "nowhere", "a prompt"],
-            ["chat", "nowhere"],
-            ["inspect", "nowhere"],
-            ["verify", "nowhere"],
-            ["export", "nowhere", "-o", "out"],
+            ["export", "PATH", "-o", "out"],
+            ["build", "PATH", "--backend", "tensorrt-rtx"],
+            ["pack", "PATH", "--backend", "tensorrt-rtx", "-o", "out"],
+            ["generate", "PATH", "a prompt"],
+            ["chat", "PATH"],
+            ["inspect", "PATH"],
+            ["verify", "PATH"],
+            ["evaluate", "PATH", "--text", "notes.txt"],
+            ["evaluate", "CHECKPOINT", "--text", "notes.txt", "--reference", "PATH"],
+            ["bench", "PATH"],
+            ["bench", "CHECKPOINT", "--against", "torch-eager", "--checkpoint", "PATH"],
+            ["doctor", "PATH"],
         ],
-        ids=lambda arguments: str(arguments[0]),
+        ids=lambda arguments: " ".join(arguments[:2]),
     )
-    def test_a_path_that_is_not_there_is_exit_code_2(
+    def test_a_path_that_is_not_what_the_verb_takes_is_exit_code_2(
         self,
         arguments: list[str],
+        path: str,
         invoke: Callable[..., Result],
+        tiny_checkpoint: Callable[[str], Path],
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "notes.txt").write_text("Some text.")
+        (tmp_path / "empty").mkdir()
+        places = {"PATH": path, "CHECKPOINT": str(tiny_checkpoint("gemma1"))}
 
-        result = invoke(*arguments)
+        result = invoke(*(places.get(argument, argument) for argument in arguments))
 
         assert result.exit_code == 2
         assert result.stdout == ""
-        assert re.search("nowhere (does not exist|is not there); expected", result.stderr)
+        assert re.match(f"(Usage: |Error: {path}).*", result.stderr)
+        assert path in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["export", "DAMAGED", "-o", "out"],
+            ["inspect", "DAMAGED"],
+            ["generate", "DAMAGED", "a prompt"],
+            ["bench", "DAMAGED"],
+            ["evaluate", "DAMAGED", "--text", "notes.txt"],
+            # What was asked for can be, on another machine.
+            ["generate", "BUNDLE", "a prompt", "--device", "cuda:7"],
+        ],
+        ids=lambda arguments: " ".join(arguments[:2]),
+    )
+    def test_what_was_typed_can_be_and_failed_is_exit_code_1(
+        self,
+        arguments: list[str],
+        invoke: Callable[..., Result],
+        bundle: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "notes.txt").write_text("Some text.")
+        (tmp_path / "damaged").mkdir()
+        (tmp_path / "damaged" / "config.json").write_text("{")
+        places = {"DAMAGED": "damaged", "BUNDLE": str(bundle)}
+
+        result = invoke(*(places.get(argument, argument) for argument in arguments))
+
+        assert result.exit_code == 1, result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["generate", "BUNDLE", "a prompt", "--device", "gpu"],
+            ["generate", "BUNDLE", "a prompt", "--backend", "tpu"],
+            ["export", "CHECKPOINT", "-o", "out", "--fp16", "--bf16"],
+            ["inspect", "CHECKPOINT", "--max-seq-len", "100000"],
+        ],
+        ids=lambda arguments: " ".join(arguments[2:]),
+    )
+    def test_a_value_that_cannot_be_is_exit_code_2(
+        self,
+        arguments: list[str],
+        invoke: Callable[..., Result],
+        tiny_checkpoint: Callable[[str], Path],
+        bundle: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        places = {"CHECKPOINT": str(tiny_checkpoint("gemma1")), "BUNDLE": str(bundle)}
+
+        result = invoke(*(places.get(argument, argument) for argument in arguments))
+
+        assert result.exit_code == 2, result.stderr
 
     @pytest.mark.parametrize(
         "arguments",
@@ -151,8 +225,8 @@ class TestErrors:
         ("verb", "package", "advice"),
         [
             ("inspect", "safetensors", ""),
-            ("verify", "onnx", "; `pip install gemma-deploy` installs all that verify needs"),
-            ("export", "onnx_ir", "; `pip install gemma-deploy` installs all that export needs"),
+            ("verify", "onnx", f". All that verify needs: {install_line()}"),
+            ("export", "onnx_ir", f". All that export needs: {install_line()}"),
         ],
     )
     def test_a_package_that_is_not_installed(
@@ -207,7 +281,7 @@ class TestErrors:
             _, stderr = process.communicate()
 
         assert b"Traceback" in stderr
-        assert b"gemma_deploy.errors.BundleError" in stderr
+        assert b"gemma_deploy.errors.RequestError" in stderr
 
     def test_a_reader_that_leaves_early_is_no_error(
         self, start: Callable[..., "subprocess.Popen[bytes]"], bundle: Path
