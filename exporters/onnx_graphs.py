@@ -12,7 +12,7 @@ import torch
 from onnx_ir.passes import common as passes
 
 from gemma_deploy.bundle import WEIGHTS_FILE
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.lowering.lower import lower
 from gemma_deploy.exporters.lowering.quantized_weight import QuantizedWeight

@@ -11,30 +11,22 @@ Source: bitsandbytes' QuantState (https://github.com/bitsandbytes-foundation/bit
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from gemma_deploy.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from gemma_deploy.checkpoint import TensorInfo
+from gemma_deploy.quoting import shortened
+from gemma_deploy.stored_tensor import FLOAT_BYTES, Floats, StoredTensor, widened
 
 STATE_SUFFIX: Final = ".quant_state.bitsandbytes__nf4"
 
-_FLOAT_BYTES: Final[Mapping[str, int]] = MappingProxyType({"F32": 4, "BF16": 2, "F16": 2})
 _NUM_VALUES = 16
 _NUM_NESTED_VALUES = 256
 _MAX_BLOCK_SIZE = 4096  # the largest that bitsandbytes has
 _MAX_STATE_BYTES = 1 << 20  # of some 200
-
-Read = Callable[["TensorInfo", int, int], bytes]
-"""(tensor, first byte, byte after the last) -> those bytes of it."""
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +40,8 @@ class NestedScales:
         offset: What is added to each.
     """
 
-    quant_map: "TensorInfo"
-    absmax: "TensorInfo"
+    quant_map: StoredTensor
+    absmax: StoredTensor
     block_size: int
     offset: float
 
@@ -69,58 +61,53 @@ class Nf4Matrix:
 
     shape: tuple[int, int]
     block_size: int
-    codes: "TensorInfo"
-    quant_map: "TensorInfo"
-    absmax: "TensorInfo"
+    codes: StoredTensor
+    quant_map: StoredTensor
+    absmax: StoredTensor
     nested: NestedScales | None
 
-    def rows(self, start: int, stop: int, read: Read) -> Floats:
+    def rows(self, start: int, stop: int) -> Floats:
         """Return what rows [start, stop) stand for, float32 [stop - start, K].
 
-        Args:
-            start: First row.
-            stop: Row after the last.
-            read: Reads parts.
+        Raises:
+            CheckpointError: A part cannot be read.
         """
         width = self.shape[1]
         first, last = start * width, stop * width
-        packed = np.frombuffer(read(self.codes, first // 2, last // 2), np.uint8)
-        values = _floats(self.quant_map, read)
+        packed = np.frombuffer(self.codes.read(first // 2, last // 2), np.uint8)
+        values = _floats(self.quant_map)
         both = np.arange(256)
         pairs = np.stack((values[both >> 4], values[both & 0xF]), axis=-1)  # of each byte
         weights = pairs[packed].reshape(-1)
         first_block = first // self.block_size
-        scales = self._scales(first_block, -(-last // self.block_size), read)
+        scales = self._scales(first_block, -(-last // self.block_size))
         skipped = first - first_block * self.block_size
         weights *= np.repeat(scales, self.block_size)[skipped : skipped + len(weights)]
         return weights.reshape(-1, width)
 
-    def _scales(self, start: int, stop: int, read: Read) -> Floats:
+    def _scales(self, start: int, stop: int) -> Floats:
         """Return the scales of blocks [start, stop), float32."""
         if self.nested is None:
-            return _floats(self.absmax, read, start, stop)
-        codes = np.frombuffer(read(self.absmax, start, stop), np.uint8)
+            return _floats(self.absmax, start, stop)
+        codes = np.frombuffer(self.absmax.read(start, stop), np.uint8)
         nested = self.nested
-        outer = _floats(nested.absmax, read)[np.arange(start, stop) // nested.block_size]
-        scales: Floats = _floats(nested.quant_map, read)[codes] * outer
+        outer = _floats(nested.absmax)[np.arange(start, stop) // nested.block_size]
+        scales: Floats = _floats(nested.quant_map)[codes] * outer
         return scales + np.float32(nested.offset)
 
 
-def nf4_matrix(
-    name: str, shape: tuple[int, ...], found: Mapping[str, "TensorInfo"], read: Read
-) -> Nf4Matrix:
+def nf4_matrix(name: str, shape: tuple[int, ...], found: Mapping[str, StoredTensor]) -> Nf4Matrix:
     """Return the NF4 matrix of a name, its parts checked against each other.
 
     Args:
         name: Canonical name of the matrix.
         shape: What the config calls for.
         found: Every tensor of the checkpoint, as stored.
-        read: Reads parts.
 
     Raises:
         CheckpointError: Parts are missing, or contradict each other or the shape.
     """
-    state = _State(found[name + STATE_SUFFIX], read)
+    state = _State(found[name + STATE_SUFFIX])
     block_size = state.block_size("blocksize")
     if state.shape() != shape or len(shape) != 2 or shape[1] % 2:
         raise CheckpointError(
@@ -147,7 +134,7 @@ def nf4_matrix(
     return matrix
 
 
-def _part(name: str, part: str, found: Mapping[str, "TensorInfo"]) -> "TensorInfo":
+def _part(name: str, part: str, found: Mapping[str, StoredTensor]) -> StoredTensor:
     info = found.get(f"{name}.{part}")
     if info is None:
         raise CheckpointError(
@@ -163,8 +150,8 @@ def _check_sizes(name: str, matrix: Nf4Matrix) -> None:
     nested = matrix.nested
     # The dtype of codes is that of bnb_4bit_quant_storage, and says nothing: they are bytes.
     codes = dataclasses.replace(matrix.codes, dtype="U8")
-    floats, bytes_ = tuple(_FLOAT_BYTES), ("U8",)
-    expected: list[tuple[TensorInfo, tuple[str, ...], int]] = [
+    floats, bytes_ = tuple(FLOAT_BYTES), ("U8",)
+    expected: list[tuple[StoredTensor, tuple[str, ...], int]] = [
         (codes, bytes_, math.prod(matrix.shape) // 2),
         (matrix.quant_map, floats, _NUM_VALUES),
         (matrix.absmax, floats if nested is None else bytes_, num_blocks),
@@ -181,7 +168,7 @@ def _check_sizes(name: str, matrix: Nf4Matrix) -> None:
                 f"{name} in NF4: bitsandbytes writes nothing else that is read here. Use the original "
                 "float checkpoint"
             )
-        expected_bytes = length * _FLOAT_BYTES.get(part.dtype, 1)
+        expected_bytes = length * FLOAT_BYTES.get(part.dtype, 1)
         if part.size_bytes != expected_bytes:
             raise CheckpointError(
                 f"{part.name} in {part.file} is {part.dtype} of {part.size_bytes} bytes, expected "
@@ -193,12 +180,12 @@ def _check_sizes(name: str, matrix: Nf4Matrix) -> None:
 class _State:
     """What bitsandbytes wrote about a matrix; every entry is checked when it is asked for."""
 
-    def __init__(self, info: "TensorInfo", read: Read) -> None:
+    def __init__(self, info: StoredTensor) -> None:
         self._info = info
         if info.size_bytes > _MAX_STATE_BYTES:
             raise self._error(f"it has {info.size_bytes} bytes")
         try:
-            raw = json.loads(read(info, 0, info.size_bytes))
+            raw = json.loads(info.read(0, info.size_bytes))
         except (ValueError, RecursionError) as err:
             raise self._error(str(err)) from err
         if not isinstance(raw, dict):
@@ -207,7 +194,7 @@ class _State:
         scheme = self._entry("quant_type")
         if scheme != "nf4":
             raise CheckpointError(
-                f"{info.name} in {info.file} says quant_type {_short(scheme)}; of bitsandbytes' types "
+                f"{info.name} in {info.file} says quant_type {shortened(scheme)}; of bitsandbytes' types "
                 "only nf4 is read: use the original float checkpoint"
             )
 
@@ -221,7 +208,7 @@ class _State:
         size = self._entry(name)
         if type(size) is not int or not 1 <= size <= _MAX_BLOCK_SIZE:
             raise self._error(
-                f"{name} is {_short(size)}, expected an integer from 1 to {_MAX_BLOCK_SIZE}"
+                f"{name} is {shortened(size)}, expected an integer from 1 to {_MAX_BLOCK_SIZE}"
             )
         return size
 
@@ -229,7 +216,7 @@ class _State:
         """Return the matrix's shape."""
         shape = self._entry("shape")
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-            raise self._error(f"shape is {_short(shape)}, expected a list of integers")
+            raise self._error(f"shape is {shortened(shape)}, expected a list of integers")
         return tuple(shape)
 
     def offset(self) -> float:
@@ -237,7 +224,7 @@ class _State:
         offset = self._entry("nested_offset")
         largest = float(np.finfo(np.float32).max)
         if not isinstance(offset, int | float) or not -largest <= offset <= largest:
-            raise self._error(f"nested_offset is {_short(offset)}, expected a number of float32")
+            raise self._error(f"nested_offset is {shortened(offset)}, expected a number of float32")
         return float(offset)
 
     def _entry(self, name: str) -> object:
@@ -252,16 +239,8 @@ class _State:
         )
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _floats(info: "TensorInfo", read: Read, start: int = 0, stop: int | None = None) -> Floats:
+def _floats(info: StoredTensor, start: int = 0, stop: int | None = None) -> Floats:
     """Return elements [start, stop) of a tensor of floats, or all of it, as float32."""
-    size = _FLOAT_BYTES[info.dtype]
-    raw = read(info, start * size, info.size_bytes if stop is None else stop * size)
-    if info.dtype == "BF16":
-        # The upper half of a float32.
-        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(raw, np.float16 if info.dtype == "F16" else np.float32).astype(np.float32)
+    size = FLOAT_BYTES[info.dtype]
+    end = info.size_bytes if stop is None else stop * size
+    return widened(info.read(start * size, end), info.dtype)

@@ -6,7 +6,6 @@ file format: https://github.com/huggingface/safetensors#format
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,24 +14,16 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from gemma_deploy.bitsandbytes_nf4 import STATE_SUFFIX, Nf4Matrix, nf4_matrix
-from gemma_deploy.checkpoint_names import (
-    canonical_names,
-    explain_replaced,
-    explain_unused,
-    harmless_kind,
-)
+from gemma_deploy.bitsandbytes_nf4 import Nf4Matrix
+from gemma_deploy.checkpoint_matching import match_tensors, read_stored_tensors
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.config import GemmaConfig, read_config
 from gemma_deploy.errors import CheckpointError, ConfigError, warn
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.quoting import shortened
-from gemma_deploy.safetensors_files import read_header, weight_files
+from gemma_deploy.stored_tensor import Floats, StoredTensor, widened
 
-HEAD_WEIGHT: Final = "lm_head.weight"
-EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
-DTYPE_BYTES: Final[Mapping[str, int]] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
 DTYPE_NAMES: Final[Mapping[str, DType]] = MappingProxyType(
     {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 )
@@ -40,48 +31,9 @@ DTYPE_NAMES: Final[Mapping[str, DType]] = MappingProxyType(
 
 ROW_BLOCK_BYTES: Final = 64 * 1024 * 1024
 
-_NUMPY_DTYPES: Final[Mapping[str, npt.DTypeLike]] = MappingProxyType(
-    {"F32": np.float32, "F16": np.float16}
-)
 _GENERATORS: Final = ("ForCausalLM", "ForConditionalGeneration")
 # What PEFT and MLX call an adapter's weights.
 _ADAPTER_WEIGHTS: Final = re.compile(r"adapter_model\.\w+|adapters\.(safetensors|npz)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """Where one tensor of a checkpoint is stored.
-
-    Attributes:
-        name: Canonical name, e.g. `model.layers.0.mlp.up_proj.weight`.
-        stored_name: Its name in the file.
-        dtype: `F32`, `F16` or `BF16`, as safetensors spells it.
-        shape: Dimensions; matrices are [out, in].
-        file: The safetensors file that holds it.
-        offset: Its first byte, counted from the file's start.
-        size_bytes: Its length.
-        nf4: Of a matrix in bitsandbytes' NF4, where its parts are stored. It is read like any other,
-            as what the codes stand for: dtype, shape and sizes are those of that float32 matrix.
-    """
-
-    name: str
-    stored_name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    size_bytes: int
-    nf4: Nf4Matrix | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """Length of the first dimension."""
-        return self.shape[0]
-
-    @property
-    def row_bytes(self) -> int:
-        """Size of one row (an index of the first dimension) in bytes."""
-        return self.size_bytes // self.num_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,19 +48,22 @@ class Checkpoint:
         architectures: Names of the classes that it was saved from, by `config.json`.
         tensors: The text model's tensors under canonical names; `lm_head.weight` only when the
             head is not tied to the embedding.
+        nf4: Those that bitsandbytes quantized to NF4. They are read like any others, as what the
+            codes stand for: in `tensors` dtype, shape and sizes are those of that float32 matrix.
         unused: What was left out: stored names by what they are.
     """
 
     folder: Path
     config: GemmaConfig
     architectures: tuple[str, ...]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensor]
+    nf4: Mapping[str, Nf4Matrix]
     unused: Mapping[str, tuple[str, ...]]
 
     @property
     def nf4_block_sizes(self) -> Mapping[str, int]:
         """Block size of each matrix that bitsandbytes quantized to NF4; empty where none is."""
-        return {name: x.nf4.block_size for name, x in self.tensors.items() if x.nf4 is not None}
+        return {name: matrix.block_size for name, matrix in self.nf4.items()}
 
     @classmethod
     def open(cls, folder: Path | str) -> "Checkpoint":
@@ -133,21 +88,23 @@ class Checkpoint:
         _refuse_adapter(folder)
         raw = read_config(folder)
         config = GemmaConfig.from_dict(raw)
-        found, wrappers = _stored_tensors(folder)
+        found, wrappers = read_stored_tensors(folder)
         if wrappers:
             warn(
                 f"{folder}: {' and '.join(wrappers)}, which a wrapper put into the names of tensors, "
                 "was taken off"
             )
-        return _matched(
-            cls(
-                folder=folder,
-                config=config,
-                architectures=_architectures(raw),
-                tensors=MappingProxyType(found),
-                unused=MappingProxyType({}),
-            )
+        matched = match_tensors(found, expected_tensors(config), config, folder)
+        checkpoint = cls(
+            folder=folder,
+            config=config,
+            architectures=_architectures(raw),
+            tensors=MappingProxyType(matched.tensors),
+            nf4=MappingProxyType(matched.nf4),
+            unused=MappingProxyType(matched.unused),
         )
+        has_second_head = config.tie_word_embeddings and HEAD_WEIGHT in matched.tensors
+        return _with_its_head(checkpoint) if has_second_head else checkpoint
 
     def require_text_generator(self) -> None:
         """Refuse a checkpoint that was saved from a class that generates no text.
@@ -186,25 +143,21 @@ class Checkpoint:
                 f"rows {start}:{stop} of {name} {list(info.shape)} are {expected_bytes} bytes; "
                 f"the buffer has {len(target)}"
             )
-        if info.nf4 is not None:
-            target[:] = info.nf4.rows(start, stop, _read_bytes).data.cast("B")
+        if name in self.nf4:
+            target[:] = self.nf4[name].rows(start, stop).data.cast("B")
         else:
-            _read_into(info, start * info.row_bytes, target)
+            info.read_into(start * info.row_bytes, target)
 
-    def float_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def float_rows(self, name: str, start: int, stop: int) -> Floats:
         """Return rows [start, stop) of a tensor, widened to float32.
 
         Raises:
             CheckpointError: As `read_rows`.
         """
         info = self.tensors[name]
-        raw = np.empty((stop - start) * info.row_bytes, np.uint8)
-        self.read_rows(name, start, stop, raw.data)
-        if info.dtype == "BF16":
-            values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = raw.view(_NUMPY_DTYPES[info.dtype]).astype(np.float32, copy=False)
-        return values.reshape(stop - start, *info.shape[1:])
+        raw = bytearray((stop - start) * info.row_bytes)
+        self.read_rows(name, start, stop, memoryview(raw))
+        return widened(raw, info.dtype).reshape(stop - start, *info.shape[1:])
 
     def row_blocks(self, name: str, max_bytes: int = ROW_BLOCK_BYTES) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of successive blocks of rows of at most `max_bytes` each.
@@ -282,83 +235,6 @@ def _architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(named)
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Return every stored tensor by its canonical name, and the prefixes of wrappers."""
-    entries = [
-        (stored_name, entry, file)
-        for file in weight_files(folder)
-        for stored_name, entry in read_header(file).items()
-    ]
-    names, wrappers = canonical_names({stored_name for stored_name, *_ in entries})
-    found: dict[str, TensorInfo] = {}
-    for stored_name, entry, file in entries:
-        name = names[stored_name]
-        if name in found:
-            first = found[name]
-            raise CheckpointError(
-                f"{stored_name} in {file} is there a second time (first as {first.stored_name} in "
-                f"{first.file}): remove the folder's stale *.safetensors files"
-            )
-        begin, end = entry["data_offsets"]
-        found[name] = TensorInfo(
-            name=name,
-            stored_name=stored_name,
-            dtype=entry["dtype"],
-            shape=entry["shape"],
-            file=file,
-            offset=begin,
-            size_bytes=end - begin,
-        )
-    return found, wrappers
-
-
-def _matched(stored: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with the tensors that its config calls for, out of all that are stored.
-
-    Raises:
-        CheckpointError: If any is missing or not as the config says, or one has no use.
-    """
-    found = dict(stored.tensors)
-    if stored.config.tie_word_embeddings and EMBEDDING_WEIGHT not in found and HEAD_WEIGHT in found:
-        # Tied, and saved under the other name: transformers reads it so, too.
-        found[EMBEDDING_WEIGHT] = dataclasses.replace(found.pop(HEAD_WEIGHT), name=EMBEDDING_WEIGHT)
-    expected = expected_tensors(stored.config)
-    rest = {
-        name: info.stored_name
-        for name, info in found.items()
-        if name not in expected and not _is_nf4_part(name, found)
-    }
-    unused: dict[str, tuple[str, ...]] = {}
-    for name in list(rest):
-        kind = harmless_kind(name)
-        if kind is not None:
-            unused[kind] = (*unused.get(kind, ()), rest.pop(name))
-    has_head = rest.pop(HEAD_WEIGHT, None) is not None
-    _refuse(stored.folder, explain_replaced(rest))
-    if has_head:
-        expected[HEAD_WEIGHT] = expected[EMBEDDING_WEIGHT]
-    tensors = {name: _checked(name, shape, found, stored) for name, shape in expected.items()}
-    _refuse(stored.folder, explain_unused(rest, stored.config))
-    matched = dataclasses.replace(
-        stored, tensors=MappingProxyType(tensors), unused=MappingProxyType(unused)
-    )
-    return _with_its_head(matched) if has_head else matched
-
-
-def _refuse(folder: Path, explanation: str | None) -> None:
-    if explanation is not None:
-        raise CheckpointError(
-            f"{folder} holds more than the text model of its config.json, which would be another "
-            f"model without it: {explanation}"
-        )
-
-
-def _is_nf4_part(name: str, found: Mapping[str, TensorInfo]) -> bool:
-    """Tell whether a tensor is a part of a matrix in bitsandbytes' NF4."""
-    matrix = name.partition(".weight.")[0] + ".weight"
-    return matrix != name and matrix + STATE_SUFFIX in found
-
-
 def _with_its_head(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint that says it is tied, with the head that is stored beside the embedding.
 
@@ -392,87 +268,3 @@ def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
         )
         for start in range(0, num_rows, step)
     )
-
-
-def _checked(
-    name: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo], stored: Checkpoint
-) -> TensorInfo:
-    """Return a tensor that the config calls for."""
-    info = found.get(name)
-    if info is None:
-        raise CheckpointError(_explain_missing(name, shape, stored))
-    if name + STATE_SUFFIX in found:
-        info = _nf4_info(info, nf4_matrix(name, shape, found, _read_bytes))
-    if info.shape != shape:
-        raise CheckpointError(
-            f"{info.stored_name} in {info.file} has shape {shortened(list(info.shape))}, expected "
-            f"{list(shape)} by config.json: they belong to different models"
-        )
-    if info.dtype not in DTYPE_BYTES:
-        raise CheckpointError(
-            f"{info.stored_name} in {info.file} has dtype {info.dtype}, expected "
-            f"{', '.join(DTYPE_BYTES)}: use the original float checkpoint"
-        )
-    expected_bytes = math.prod(shape) * DTYPE_BYTES[info.dtype]
-    if info.size_bytes != expected_bytes:
-        raise CheckpointError(
-            f"{info.stored_name} in {info.file} takes {info.size_bytes} bytes, expected "
-            f"{expected_bytes} for {info.dtype} {list(shape)}: the file is corrupt, download it again"
-        )
-    return info
-
-
-def _explain_missing(name: str, shape: tuple[int, ...], stored: Checkpoint) -> str:
-    """Return what is missing, and what was found instead."""
-    if name == HEAD_WEIGHT:
-        return (
-            f"{stored.folder} lacks {HEAD_WEIGHT}, and config.json says that the head is not tied to the "
-            "embedding (tie_word_embeddings is false): transformers would draw a random head. Set it to "
-            "true if the model was trained with a tied head; otherwise download the checkpoint again"
-        )
-    names = sorted(info.stored_name for info in stored.tensors.values())
-    some = f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
-    return (
-        f"{stored.folder} lacks the tensor {name} {list(shape)} that its config.json calls for (it "
-        f"holds {len(names)} tensors{some}): the checkpoint is incomplete, or belongs to another "
-        "config.json"
-    )
-
-
-def _nf4_info(codes: TensorInfo, matrix: Nf4Matrix) -> TensorInfo:
-    return dataclasses.replace(
-        codes,
-        dtype="F32",
-        shape=matrix.shape,
-        size_bytes=math.prod(matrix.shape) * DTYPE_BYTES["F32"],
-        nf4=matrix,
-    )
-
-
-def _read_bytes(info: TensorInfo, start: int, stop: int) -> bytes:
-    """Return bytes [start, stop) of a tensor as stored."""
-    raw = bytearray(stop - start)
-    _read_into(info, start, memoryview(raw))
-    return bytes(raw)
-
-
-def _read_into(info: TensorInfo, start: int, target: memoryview) -> None:
-    """Read bytes of a tensor from `start` on, as stored."""
-    try:
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.offset + start)
-            _read_fully(stream, target)
-    except (OSError, EOFError) as err:
-        raise CheckpointError(
-            f"{info.file} could not be read to the end of {info.name}: {err}. It changed since it "
-            "was opened, or its disk fails: copy or download the checkpoint again"
-        ) from err
-
-
-def _read_fully(stream: Any, target: memoryview) -> None:
-    """Fill `target`; an unbuffered read may return less than asked for."""
-    while target:
-        count = stream.readinto(target)
-        if not count:
-            raise EOFError(f"the file ends {len(target)} bytes early")
-        target = target[count:]

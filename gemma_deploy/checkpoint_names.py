@@ -12,6 +12,9 @@ from typing import Final
 
 from gemma_deploy.config import GemmaConfig
 
+HEAD_WEIGHT: Final = "lm_head.weight"
+EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
+
 # Where the text model of each layout lives, longest first: `gemma3` as transformers >= 4.52 writes
 # it, `gemma3` as on the hub, `gemma3` without its head, then the text model, with and without head.
 _PREFIXES: Final = (

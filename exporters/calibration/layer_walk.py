@@ -6,7 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.model.attend import CachedAttention
 from gemma_deploy.model.kv_cache import Step

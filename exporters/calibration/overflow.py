@@ -7,7 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, HEAD_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.errors import ExportError
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
 from gemma_deploy.exporters.calibration.overflow_scaling import LAYER_TENSORS, overflow_report

@@ -13,7 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, HEAD_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.exporters.calibration.layer_walk import check_finite
 from gemma_deploy.exporters.calibration.overflow_scaling import overflow_report

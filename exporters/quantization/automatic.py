@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, is_kept, matrices_of

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
 from gemma_deploy.exporters.quantization.gptq import Gptq
 from gemma_deploy.exporters.quantization.stages import Stage, stage_inputs, stages_of

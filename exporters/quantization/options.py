@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, expected_tensors
+from gemma_deploy.checkpoint import expected_tensors
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.quantization.formats import SCHEMES, Scheme, WeightFormat

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, HEAD_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk, check_finite, embedding_rows
 from gemma_deploy.exporters.quantization.gptq import Gptq
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder

@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

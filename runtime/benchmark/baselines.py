@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import Final
 
 from gemma_deploy.available_memory import available_memory_bytes
-from gemma_deploy.checkpoint import DTYPE_NAMES, EMBEDDING_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BackendUnavailableError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, cache_bytes

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.quantization.automatic import candidates_of, choose_formats

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gemma_deploy.checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, Checkpoint
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.exporters.quantization.sensitivity import measure_sensitivities
 from gemma_deploy.quantization.codes import dequantize, quantize
 from gemma_deploy.quantization.formats import WeightFormat
