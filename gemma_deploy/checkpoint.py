@@ -7,7 +7,7 @@ file format: https://github.com/huggingface/safetensors#format
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +72,8 @@ class Checkpoint:
         The tensors decide where both speak of the same thing: a stored head that differs from the
         embedding is the head, whatever `tie_word_embeddings` says, as in transformers 5. No weights
         are read but to compare these two. Prefixes of wrappers (`_orig_mod.`, `module.`,
-        `base_model.model.`) are taken off. Both are said in a `GemmaDeployWarning`.
+        `base_model.model.`) are taken off. Both are said in a `GemmaDeployWarning`, and so are
+        `*.safetensors` files that are not read because no index lists them.
 
         Args:
             folder: Folder in Hugging Face layout: `config.json` and `model.safetensors`, or
@@ -94,6 +95,7 @@ class Checkpoint:
                 f"{folder}: {' and '.join(wrappers)}, which a wrapper put into the names of tensors, "
                 "was taken off"
             )
+        _name_unread_files(folder, {info.file for info in found.values()})
         matched = match_tensors(found, expected_tensors(config), config, folder)
         checkpoint = cls(
             folder=folder,
@@ -223,6 +225,16 @@ def _refuse_adapter(folder: Path) -> None:
             f"{folder} holds an adapter ({', '.join(found)}), which is not applied: merge it into its "
             "base model (merge_and_unload and save_pretrained in PEFT) and give that folder, or move "
             "the adapter's files away to have the base model alone"
+        )
+
+
+def _name_unread_files(folder: Path, read: Collection[Path]) -> None:
+    names = sorted(path.name for path in set(folder.glob("*.safetensors")) - set(read))
+    if names:
+        more = ", ..." if len(names) > 3 else ""
+        warn(
+            f"{folder} also holds {', '.join(names[:3])}{more}, which is not read: the weights are those "
+            f"of {', '.join(sorted(path.name for path in read)[:3])}"
         )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_deploy.checkpoint import Checkpoint, expected_tensors
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import CheckpointError, ConfigError
+from gemma_deploy.errors import CheckpointError, ConfigError, GemmaDeployWarning
 
 SAVED = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -330,3 +330,10 @@ def test_widens_rows_to_float32(dtype: str, tiny_checkpoint: TinyCheckpoint) -> 
     checkpoint = Checkpoint.open(tiny_checkpoint("gemma1", dtype))
     stored = load_file(checkpoint.folder / SAVED)[UP_PROJ][5:9].float().numpy()
     assert np.array_equal(checkpoint.float_rows(UP_PROJ, 5, 9), stored)
+
+
+def test_says_what_it_does_not_read(sharded: Path, folder: Path) -> None:
+    stale = "model-00009-of-00009.safetensors"
+    shutil.copy(folder / SAVED, sharded / stale)
+    with pytest.warns(GemmaDeployWarning, match=f"also holds {stale}, which is not read"):
+        Checkpoint.open(sharded)
