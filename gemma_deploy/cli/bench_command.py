@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from gemma_deploy.cli.console import emit_json, notice, progress
+from gemma_deploy.cli.console import emit_json, notice, progress, warn
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
 from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Callback = Callable[[click.Context, click.Parameter, str], tuple[int, ...]]
 
 _BASELINES: Final = ("torch-eager", "torch-compile", "transformers")
+_NOTHING: Final = "no round had been run to its end, so nothing was measured"
 
 
 def _numbers(least: int) -> "Callback":
@@ -195,8 +196,10 @@ def command(
     _check_output("--save", save, None)
     if checkpoint is not None and not against:
         raise click.UsageError("--checkpoint is what baselines run: name some with --against")
+    from gemma_deploy.cli.bench_noise import busy_machine, wide_spreads
+    from gemma_deploy.runtime.benchmark.baselines import measured_packages
     from gemma_deploy.runtime.benchmark.environment import read_environment
-    from gemma_deploy.runtime.benchmark.plan import BenchPlan, sweep
+    from gemma_deploy.runtime.benchmark.plan import BenchPlan, open_source, sweep
     from gemma_deploy.runtime.benchmark.record import BenchRecord
 
     plan = BenchPlan(
@@ -206,13 +209,22 @@ def command(
         checkpoint=_checkpoint(bundle, checkpoint) if against else None,
         **options,
     )
-    environment = read_environment(threads=plan.threads, device=plan.device)
+    environment = read_environment(
+        threads=plan.threads,
+        device=plan.device,
+        packages=measured_packages(plan, open_source(plan)),
+    )
     record = BenchRecord(plan, environment, save)
+    warn(busy_machine(record.report()))
     was_interrupted = _run(plan, record)
     report = record.report()
+    if was_interrupted:
+        then = "what was measured until then follows" if report.measurements else _NOTHING
+        notice(f"Interrupted: {then}.")
     if report.measurements:
         _show(report, as_json=as_json)
         _write(report, plot, report_file)
+        warn(*wide_spreads(report))
     if was_interrupted:
         raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE)
 
@@ -245,7 +257,6 @@ def _run(plan: "BenchPlan", record: "BenchRecord") -> bool:
         with progress() as on_progress:
             run_sweep(plan, record, on_progress=on_progress, on_notice=notice)
     except KeyboardInterrupt:
-        notice("Interrupted: what was measured until then follows.")
         return True
     return False
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, notice, progress
 from gemma_deploy.cli.overflow_table import emit_overflow
 from gemma_deploy.cli.quantization_options import parse_quantization, quantization_options
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, format_bytes, progress
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, progress
 
 if TYPE_CHECKING:
     from gemma_deploy.tensorrt import Flavour
