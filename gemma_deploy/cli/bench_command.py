@@ -9,6 +9,7 @@ import click
 
 from gemma_deploy.cli.console import emit_json, notice, progress, warn
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+from gemma_deploy.cli.outputs import check_output_file, write_output
 from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 
 if TYPE_CHECKING:
@@ -191,9 +192,9 @@ def command(
     time to the first token, percentiles of a step's time, load time and peak memory; and how much of
     what the machine could do at most that is.
     """
-    for name, path, suffix in (("--plot", plot, ".svg"), ("--report", report_file, ".html")):
-        _check_output(name, path, suffix)
-    _check_output("--save", save, None)
+    check_output_file("--plot", plot, ".svg")
+    check_output_file("--report", report_file, ".html")
+    check_output_file("--save", save)
     if checkpoint is not None and not against:
         raise click.UsageError("--checkpoint is what baselines run: name some with --against")
     from gemma_deploy.cli.bench_noise import busy_machine, wide_spreads
@@ -292,17 +293,4 @@ def _write(report: "BenchReport", plot: Path | None, page: Path | None) -> None:
 
         contents.append((page, report_html(report)))
     for path, text in contents:
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as err:
-            raise click.ClickException(f"{path} cannot be written: {err.strerror}") from err
-        notice(f"wrote {path}")
-
-
-def _check_output(name: str, path: Path | None, suffix: str | None) -> None:
-    if path is None:
-        return
-    if suffix is not None and path.suffix != suffix:
-        raise click.UsageError(f"{name} is {path}; expected a file that ends in {suffix}")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"{name} is {path}; the folder {path.parent} does not exist")
+        write_output(path, text)
