@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.engine import ENGINES_FOLDER
 from gemma_deploy.errors import (
@@ -107,6 +108,6 @@ def require_space(folder: Path, weights_bytes: int, output: Path) -> None:
     needed, free = weights_bytes + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
-            f"{output.parent} has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB: "
+            f"{output.parent} has {format_bytes(free)} free, the bundle needs {format_bytes(needed)}: "
             "free space, choose another output, or a narrower --dtype. Nothing was written"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, engines_of, engines_of_flavour
 from gemma_deploy.engine_build import describe_build
@@ -125,7 +126,7 @@ def _require_space(folder: Path, records: dict[str, FileRecord], output: Path) -
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
-            f"{output.parent} has {free / 1e9:.1f} GB free, the engine needs {needed / 1e9:.1f} GB: "
+            f"{output.parent} has {format_bytes(free)} free, the engine needs {format_bytes(needed)}: "
             "free space, or choose another output. Nothing was written"
         )
 

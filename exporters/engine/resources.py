@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from gemma_deploy.available_memory import available_memory_bytes
+from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.engine_build import EngineBuild
 from gemma_deploy.errors import EngineBuildError
 
@@ -30,7 +31,7 @@ def check_resources(folder: Path, build: EngineBuild, weights_bytes: int) -> Non
     needed, available = weights_bytes + _BUILDER_BYTES, available_memory_bytes()
     if available is not None and needed > available:
         raise EngineBuildError(
-            f"building needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are "
+            f"building needs about {format_bytes(needed)} of memory, and {format_bytes(available)} are "
             "available: close other programs, or build on another machine and copy the engine "
             "here. Nothing was written"
         )
@@ -39,6 +40,6 @@ def check_resources(folder: Path, build: EngineBuild, weights_bytes: int) -> Non
     if needed > free:
         hint = "" if num_plans == 1 else ", or build with --layout one-engine, of half the size"
         raise EngineBuildError(
-            f"{folder} has {free / 1e9:.1f} GB free, the engine needs {needed / 1e9:.1f} GB: free "
+            f"{folder} has {format_bytes(free)} free, the engine needs {format_bytes(needed)}: free "
             f"space{hint}. Nothing was written"
         )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from gemma_deploy.cli.console import emit_json, notice, progress
+from gemma_deploy.cli.console import emit_json, notice, progress, warn
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+from gemma_deploy.cli.outputs import check_output_file, write_output
 from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     Callback = Callable[[click.Context, click.Parameter, str], tuple[int, ...]]
 
 _BASELINES: Final = ("torch-eager", "torch-compile", "transformers")
+_NOTHING: Final = "no round had been run to its end, so nothing was measured"
 
 
 def _numbers(least: int) -> "Callback":
@@ -190,13 +192,15 @@ def command(
     time to the first token, percentiles of a step's time, load time and peak memory; and how much of
     what the machine could do at most that is.
     """
-    for name, path, suffix in (("--plot", plot, ".svg"), ("--report", report_file, ".html")):
-        _check_output(name, path, suffix)
-    _check_output("--save", save, None)
+    check_output_file("--plot", plot, ".svg")
+    check_output_file("--report", report_file, ".html")
+    check_output_file("--save", save)
     if checkpoint is not None and not against:
         raise click.UsageError("--checkpoint is what baselines run: name some with --against")
+    from gemma_deploy.cli.bench_noise import busy_machine, wide_spreads
+    from gemma_deploy.runtime.benchmark.baselines import measured_packages
     from gemma_deploy.runtime.benchmark.environment import read_environment
-    from gemma_deploy.runtime.benchmark.plan import BenchPlan, sweep
+    from gemma_deploy.runtime.benchmark.plan import BenchPlan, open_source, sweep
     from gemma_deploy.runtime.benchmark.record import BenchRecord
 
     plan = BenchPlan(
@@ -206,13 +210,22 @@ def command(
         checkpoint=_checkpoint(bundle, checkpoint) if against else None,
         **options,
     )
-    environment = read_environment(threads=plan.threads, device=plan.device)
+    environment = read_environment(
+        threads=plan.threads,
+        device=plan.device,
+        packages=measured_packages(plan, open_source(plan)),
+    )
     record = BenchRecord(plan, environment, save)
+    warn(busy_machine(record.report()))
     was_interrupted = _run(plan, record)
     report = record.report()
+    if was_interrupted:
+        then = "what was measured until then follows" if report.measurements else _NOTHING
+        notice(f"Interrupted: {then}.")
     if report.measurements:
         _show(report, as_json=as_json)
         _write(report, plot, report_file)
+        warn(*wide_spreads(report))
     if was_interrupted:
         raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE)
 
@@ -245,7 +258,6 @@ def _run(plan: "BenchPlan", record: "BenchRecord") -> bool:
         with progress() as on_progress:
             run_sweep(plan, record, on_progress=on_progress, on_notice=notice)
     except KeyboardInterrupt:
-        notice("Interrupted: what was measured until then follows.")
         return True
     return False
 
@@ -281,17 +293,4 @@ def _write(report: "BenchReport", plot: Path | None, page: Path | None) -> None:
 
         contents.append((page, report_html(report)))
     for path, text in contents:
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as err:
-            raise click.ClickException(f"{path} cannot be written: {err.strerror}") from err
-        notice(f"wrote {path}")
-
-
-def _check_output(name: str, path: Path | None, suffix: str | None) -> None:
-    if path is None:
-        return
-    if suffix is not None and path.suffix != suffix:
-        raise click.UsageError(f"{name} is {path}; expected a file that ends in {suffix}")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"{name} is {path}; the folder {path.parent} does not exist")
+        write_output(path, text)

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from gemma_deploy.cli.bench_noise import noise
 from gemma_deploy.cli.bench_plot import report_svg
 from gemma_deploy.cli.bench_rows import (
     Rows,
     contender_facts,
     cost_rows,
+    headline_facts,
     latency_rows,
     rate_rows,
     roofline_facts,
@@ -28,6 +30,8 @@ th, td { padding: 0.25em 0.9em; border-bottom: 1px solid #ddd; text-align: right
 h2 { break-after: avoid } table { break-inside: avoid } @media print { body { font-size: 11px } }
 th { font-weight: 600; background: #f5f6f7 } tbody th { background: none }
 th:first-child, table.facts td { text-align: left }
+.headline { display: flex; gap: 3em; margin: 1.2em 0 0 } .headline b { font-size: 1.9em }
+.noise { background: #fff4ce; padding: 0.5em 0.9em }
 svg { max-width: 100%; height: auto }
 """.strip()
 _METHOD: Final = (
@@ -48,6 +52,8 @@ def report_html(report: BenchReport) -> str:
         f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>',
         "<body>",
         f"<h1>{title}</h1>",
+        *_headline(report),
+        *(f'<p class="noise">Warning: {escaped(text)}.</p>' for text in noise(report)),
         f"<p>{escaped(_METHOD)}</p>",
         report_svg(report),
         *_contenders(report),
@@ -58,6 +64,18 @@ def report_html(report: BenchReport) -> str:
         "</body></html>",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _headline(report: BenchReport) -> Iterator[str]:
+    """Yield the three figures that most readers come for: ours, of the first case."""
+    figures = headline_facts(report)
+    if not figures:
+        return
+    case = escaped(str(report.cases()[0]))
+    yield '<div class="headline">'
+    for name, figure in figures:
+        yield f"<div><b>{escaped(figure)}</b> <div>{escaped(name)}</div></div>"
+    yield f"</div><p>{case}</p>"
 
 
 def _contenders(report: BenchReport) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import statistics
 
-from gemma_deploy.cli.console import format_bytes
+from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.runtime.benchmark.results import (
     OURS,
     BenchCase,
@@ -32,6 +32,18 @@ def format_spread(spread: Spread, unit: str = "") -> str:
     median = f"{format_figure(spread.median)}{unit}"
     low, high = format_figure(spread.lowest), format_figure(spread.highest)
     return median if low == high else f"{median} ({low} to {high})"
+
+
+def headline_facts(report: BenchReport) -> list[tuple[str, str]]:
+    """Return ours in the first case, in three figures with their names; nothing if it did not run."""
+    ours = next((m for m in report.measurements if m.contender == OURS), None)
+    if ours is None:
+        return []
+    return [
+        ("decode, tokens/s", format_figure(statistics.median(ours.decode_rates()))),
+        ("prefill, tokens/s", format_figure(statistics.median(ours.prefill_rates()))),
+        ("first token, ms", format_figure(1e3 * ours.ttft_s().median)),
+    ]
 
 
 def contender_facts(report: BenchReport) -> list[tuple[str, str]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, notice, progress
 from gemma_deploy.cuda_driver import cuda_device_count
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_columns, emit_json, format_bytes
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_columns, emit_json
 from gemma_deploy.cli.prepacked_option import AUTO, ENVIRONMENT_VARIABLE, OFF, cache_folder
 
 if TYPE_CHECKING:

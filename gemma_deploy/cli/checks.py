@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.cli.console import Progress, format_bytes
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError
 
 if TYPE_CHECKING:

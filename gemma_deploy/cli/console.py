@@ -3,19 +3,30 @@
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import click
 
 Progress = Callable[[str, int, int], object]
 
-_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+# Of a log without a terminal: minutes of work are no silence, and hours are no flood.
+_SECONDS_BETWEEN_LINES: Final = 30.0
+_MOST_COUNTED_PARTS: Final = 1000
 
 
 def notice(text: str) -> None:
     """Write a line for the person at the terminal (stderr)."""
     click.echo(text, err=True)
+
+
+def warn(*texts: str | None) -> None:
+    """Write warnings to stderr, one a line; None is none."""
+    for text in texts:
+        if text is not None:
+            click.secho(f"Warning: {text}", fg="yellow", err=True)
 
 
 def emit_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
@@ -55,16 +66,6 @@ def column_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join([name.ljust(widths[0]), *aligned]).rstrip()
 
 
-def format_bytes(size_bytes: int) -> str:
-    """Return a size for people, in binary units: `1.50 GiB`."""
-    size = float(size_bytes)
-    unit = 0
-    while size >= 1024 and unit < len(_BINARY_UNITS) - 1:
-        size /= 1024
-        unit += 1
-    return f"{size_bytes} B" if unit == 0 else f"{size:.2f} {_BINARY_UNITS[unit]}"
-
-
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """Show on a terminal that something without a measure is under way."""
@@ -81,11 +82,11 @@ def working(what: str) -> Iterator[None]:
 def progress() -> Iterator[Progress]:
     """Give a callback `(stage, done, total)` that shows how far a long task is.
 
-    On a terminal it is a bar that disappears when the block ends, whatever ends it; elsewhere one
-    line per stage, so that logs stay short.
+    On a terminal it is a bar that disappears when the block ends, whatever ends it; elsewhere a line
+    when a stage begins, and of a long one a line now and then, so that logs stay short.
     """
     if not sys.stderr.isatty():
-        yield _stage_lines()
+        yield StageLines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -103,12 +104,45 @@ def progress() -> Iterator[Progress]:
         yield show
 
 
-def _stage_lines() -> Progress:
-    seen: set[str] = set()
+class StageLines:
+    """Progress as lines of a log: one for each stage, and more of those that take long."""
 
-    def show(stage: str, done: int, total: int) -> None:  # noqa: ARG001 - the callback's signature
-        if stage not in seen:
-            seen.add(stage)
+    def __init__(self) -> None:
+        self._stages: dict[str, _Stage] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note that `done` of `total` parts of a stage are done; write a line if one is due."""
+        now = time.monotonic()
+        known = self._stages.get(stage)
+        if known is None:
+            self._stages[stage] = _Stage(started=now, last_line=now)
             notice(f"{stage} ...")
+        elif done and now - known.last_line >= _SECONDS_BETWEEN_LINES:
+            known.last_line = now
+            notice(f"{stage}: {_how_far(done, total, now - known.started)}")
 
-    return show
+
+@dataclass(slots=True)
+class _Stage:
+    """When a stage began, and when its last line was written, in seconds of a steady clock."""
+
+    started: float
+    last_line: float
+
+
+def _how_far(done: int, total: int, elapsed_s: float) -> str:
+    # Layers and rows are counted; nobody reads counts of bytes.
+    share = f"{done} of {total}" if total <= _MOST_COUNTED_PARTS else f"{done / total:.0%}"
+    text = f"{share}, {_duration(elapsed_s)} so far"
+    return (
+        text
+        if done >= total
+        else f"{text}, about {_duration(elapsed_s / done * (total - done))} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Return hours, minutes and seconds, as `1:02:05` or `2:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, emit_table
 
 if TYPE_CHECKING:
     from gemma_deploy.capability import Capability

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_deploy.cli.console import emit_table, format_bytes
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_table
 
 if TYPE_CHECKING:
     from gemma_deploy.engine import EngineFolder

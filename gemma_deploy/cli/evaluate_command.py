@@ -1,16 +1,16 @@
 """`gemma-deploy evaluate`: perplexity of a text, and the distance from the checkpoint."""
 
+import datetime as dt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, emit_table, notice, progress
+from gemma_deploy.cli.console import emit_json, emit_table, progress
+from gemma_deploy.cli.outputs import check_output_file, write_output
 
 if TYPE_CHECKING:
     from gemma_deploy.cli.evaluation import FinishedEvaluation
-
-_PLOTS = (".svg", ".csv")
 
 
 @click.command(
@@ -115,10 +115,7 @@ def command(
     the predictions are from those of the checkpoint that the bundle was made of: KL divergence, and
     how often both find the same token likeliest.
     """
-    if plot is not None and plot.suffix not in _PLOTS:
-        raise click.UsageError(f"--plot is {plot}; expected a file that ends in .svg or .csv")
-    if plot is not None and not plot.parent.is_dir():
-        raise click.UsageError(f"--plot is {plot}; the folder {plot.parent} does not exist")
+    check_output_file("--plot", plot, ".svg", ".csv")
     from gemma_deploy.cli.evaluation import TextEvaluation
 
     evaluation = TextEvaluation(
@@ -139,16 +136,13 @@ def command(
     else:
         _print(finished, str(bundle))
     if plot is not None:
-        _write_plot(finished, plot)
+        _write_plot(finished, plot, model=bundle, text_file=text_file, reference=reference)
 
 
 def _print(finished: "FinishedEvaluation", title: str) -> None:
     found = finished.evaluator.result()
     rows = [
-        (
-            "tokens",
-            f"{found.tokens:,} in windows of {finished.context_tokens}, by {finished.stride}",
-        ),
+        ("tokens", f"{found.tokens:,} {_windows(finished)}"),
         ("perplexity", f"{found.perplexity:.4f}"),
     ]
     if found.kl_mean_nats is not None:
@@ -162,19 +156,31 @@ def _print(finished: "FinishedEvaluation", title: str) -> None:
     emit_table(rows, title=title)
 
 
-def _write_plot(finished: "FinishedEvaluation", path: Path) -> None:
+def _windows(finished: "FinishedEvaluation") -> str:
+    return f"in windows of {finished.context_tokens}, by {finished.stride}"
+
+
+def _write_plot(
+    finished: "FinishedEvaluation",
+    path: Path,
+    *,
+    model: Path,
+    text_file: Path,
+    reference: Path | None,
+) -> None:
     from gemma_deploy.cli.evaluation_plot import position_csv, position_svg
 
     nll, kl = finished.evaluator.nll_nats, finished.evaluator.kl_nats
     if path.suffix == ".csv":
         content = position_csv(finished.token_ids, nll, kl)
     else:
-        content = position_svg(nll, kl)
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as err:
-        raise click.ClickException(f"{path} cannot be written: {err.strerror}") from err
-    notice(f"wrote {path}")
+        found = finished.evaluator.result()
+        date = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        beside = f", beside {reference}" if reference is not None else ""
+        read = f"{found.tokens:,} tokens of {text_file}, {_windows(finished)}"
+        facts = [f"{read}: perplexity {found.perplexity:.4f}{beside}", date]
+        content = position_svg(nll, kl, title=f"Evaluation of {model}", facts=facts)
+    write_output(path, content)
 
 
 def _read(path: Path) -> str:

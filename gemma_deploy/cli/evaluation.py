@@ -16,7 +16,6 @@ from gemma_deploy.cli.checks import require_same_model
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import RequestError
 from gemma_deploy.evaluation import Evaluator, Window, windows
-from gemma_deploy.runtime.capacity import check_token_ids
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.scoring import TextLogits, piece_size
 from gemma_deploy.runtime.sessions.registry import create_session
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT_TOKENS: Final = 512
 # The figures of fewer say nothing.
 _MIN_TEXT_TOKENS: Final = 16
+_MOST_NAMED_TOKENS: Final = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,15 @@ class TextEvaluation:
                 f"the text has {len(token_ids)} tokens; at least {_MIN_TEXT_TOKENS} are needed, and "
                 "thousands for figures that mean something: give a longer one"
             )
-        check_token_ids([[bos, *token_ids]], source.config.vocab_size)
+        vocab_size = source.config.vocab_size
+        unknown = [tokenizer.id_to_token(x) for x in sorted(set(token_ids)) if x >= vocab_size]
+        if unknown:
+            named = ", ".join(unknown[:_MOST_NAMED_TOKENS])
+            raise RequestError(
+                f"the text holds {named}{', ...' if len(unknown) > _MOST_NAMED_TOKENS else ''}, which "
+                f"the tokenizer knows and the model has no embedding of ({vocab_size} tokens): take "
+                "it out of the text, or use the tokenizer that belongs to the model"
+            )
         return bos, np.array(token_ids, np.int64)
 
     def _context_tokens(self, source: ModelSource) -> int:

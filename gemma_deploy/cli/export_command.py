@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.cli.console import emit_json, format_bytes, notice, progress
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, notice, progress
+from gemma_deploy.cli.outputs import announce_new_folders
 from gemma_deploy.cli.overflow_table import emit_overflow
 from gemma_deploy.cli.quantization_options import parse_quantization, quantization_options
 
@@ -55,7 +57,7 @@ A folder of that name wins over the hub.
     type=click.Path(path_type=Path),
     required=True,
     metavar="BUNDLE",
-    help="The folder to create. It appears whole or not at all.",
+    help="The folder to create. It appears whole or not at all; folders above it are made.",
 )
 @click.option(
     "--dtype",
@@ -95,7 +97,7 @@ A folder of that name wins over the hub.
     multiple=True,
     help="What to write graphs for, a few KB each over the same weights; repeat it for several. "
     "portable: standard ONNX operators only. onnxruntime is always written. [default: onnxruntime "
-    "and, in a bundle of 16 bits, tensorrt]",
+    "and, unless the bundle is in float32 or nf4, tensorrt]",
 )
 @click.option(
     "--force",
@@ -148,6 +150,7 @@ def command(
         )
     # Before a download that may take an hour.
     check_replaceable(output.absolute(), force=force, replaceable=MANIFEST_FILE)
+    announce_new_folders(output)
     num_engines = len(list((output / ENGINES_FOLDER).glob("[!.]*/")))
     started = time.perf_counter()
     if not sys.stderr.isatty():

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, emit_table, format_bytes
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, emit_table
 from gemma_deploy.cli.engine_tables import emit_engine, emit_engines
 
 if TYPE_CHECKING:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, format_bytes, progress
+from gemma_deploy.byte_sizes import format_bytes
+from gemma_deploy.cli.console import emit_json, progress
+from gemma_deploy.cli.outputs import announce_new_folders
 
 if TYPE_CHECKING:
     from gemma_deploy.tensorrt import Flavour
@@ -37,7 +39,7 @@ no torch: docs/tensorrt.md has the install lines.
     type=click.Path(path_type=Path),
     required=True,
     metavar="DIR",
-    help="The folder to create. It appears whole or not at all.",
+    help="The folder to create. It appears whole or not at all; folders above it are made.",
 )
 @click.option(
     "--engine",
@@ -64,6 +66,7 @@ def command(
     """
     from gemma_deploy import api
 
+    announce_new_folders(output)
     with progress() as on_progress:
         engine = api.pack(bundle, output, backend, engine=key, force=force, on_progress=on_progress)
     files = {name: record.size_bytes for name, record in engine.manifest.files.items()}

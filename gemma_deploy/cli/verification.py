@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli.checks import Check, Distance, check_hashes, passed, require_same_model
-from gemma_deploy.cli.console import Progress, format_bytes
+from gemma_deploy.cli.console import Progress
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk, whole
 from gemma_deploy.cli.lazy_group import explain_os_error
 from gemma_deploy.cli.verification_graphs import GraphChoice, check_weights

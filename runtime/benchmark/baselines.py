@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 from gemma_deploy.available_memory import available_memory_bytes
+from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.config import GemmaConfig
@@ -14,15 +15,26 @@ from gemma_deploy.graph_spec import DTYPE_BYTES, DType, cache_bytes
 from gemma_deploy.install_hint import install_line
 from gemma_deploy.memory import activation_bytes, num_parameters
 from gemma_deploy.runtime.benchmark.gpu_memory import free_gpu_bytes
-from gemma_deploy.runtime.benchmark.plan import Baseline, cached_tokens
+from gemma_deploy.runtime.benchmark.plan import Baseline, BenchPlan, cached_tokens
 from gemma_deploy.runtime.benchmark.results import BenchCase
 from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.sessions.registry import natural_backend
+from gemma_deploy.runtime.source import ModelSource
 
 _PACKAGES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "torch-eager": ("torch",),
         "torch-compile": ("torch",),
         "transformers": ("torch", "transformers"),
+    }
+)
+# What runs a bundle, an engine or a checkpoint, by backend.
+_DISTRIBUTIONS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+        "torch": ("torch",),
+        "tensorrt": ("tensorrt", "cuda-bindings"),
+        "tensorrt-rtx": ("tensorrt-rtx", "cuda-bindings"),
     }
 )
 # Python with torch and what it allocates for its kernels; the compiler's processes on top. Measured
@@ -34,6 +46,18 @@ _COMPILER_BYTES: Final = 1 << 30
 def packages_of(name: str) -> tuple[str, ...]:
     """Return what a baseline imports."""
     return _PACKAGES[name]
+
+
+def measured_packages(plan: BenchPlan, source: ModelSource) -> frozenset[str]:
+    """Return the distributions whose code a plan measures: the versions of others change no figure.
+
+    Args:
+        plan: What is measured.
+        source: The plan's model.
+    """
+    backend = natural_backend(source) if plan.backend == "auto" else plan.backend
+    baselines = (name for baseline in plan.against for name in packages_of(baseline))
+    return frozenset({"gemma-deploy", *_DISTRIBUTIONS.get(backend, ()), *baselines})
 
 
 def check_installed(baselines: Iterable[Baseline]) -> None:
@@ -95,6 +119,6 @@ def lack_of_memory(needed: int, device: Device) -> str | None:
     if available is None or needed <= available:
         return None
     return (
-        f"it needs about {needed / 1e9:.1f} GB of {'GPU ' if is_gpu else ''}memory, and "
-        f"{available / 1e9:.1f} GB are available"
+        f"it needs about {format_bytes(needed)} of {'GPU ' if is_gpu else ''}memory, and "
+        f"{format_bytes(available)} are available"
     )

@@ -1,15 +1,23 @@
 """What a benchmark ran on, as text by name: `read_environment`."""
 
 import datetime as dt
+import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from gemma_deploy.cuda_driver import pci_bus_id, read_driver
-from gemma_deploy.machine import package_versions, read_cpu, read_memory_bytes, usable_cores
+from gemma_deploy.machine import (
+    PACKAGES,
+    package_versions,
+    read_cpu,
+    read_memory_bytes,
+    usable_cores,
+)
 from gemma_deploy.runtime.benchmark.nvidia_smi import ask_nvidia_smi
+from gemma_deploy.runtime.benchmark.results import LOAD
 from gemma_deploy.runtime.devices import Device
 
 # What nvidia-smi calls it, and what we do. https://docs.nvidia.com/deploy/nvidia-smi/
@@ -23,7 +31,9 @@ _GPU_QUERIES: Final = {
 }
 
 
-def read_environment(*, threads: int | None, device: str) -> dict[str, str]:
+def read_environment(
+    *, threads: int | None, device: str, packages: Collection[str] = PACKAGES
+) -> dict[str, str]:
     """Look at what will be measured on; imports no backend and changes nothing.
 
     What cannot be read on this machine is left out. Clocks are those of the moment, in MHz, and the
@@ -32,6 +42,7 @@ def read_environment(*, threads: int | None, device: str) -> dict[str, str]:
     Args:
         threads: Of the CPU kernels; None for one per core.
         device: Where models run: `auto`, `cpu`, `cuda` or `cuda:N`.
+        packages: Whose versions matter to what is measured.
 
     Raises:
         RequestError: The device is none of these.
@@ -45,6 +56,7 @@ def read_environment(*, threads: int | None, device: str) -> dict[str, str]:
         "CPU features": ", ".join(features),
         "CPU clock": _cpu_clock(),
         "cores": str(cores),
+        LOAD: _load_average(),
         "threads": f"{cores} (one per core)" if threads is None else str(threads),
         "memory": "" if memory_bytes is None else f"{memory_bytes / 2**30:.1f} GiB",
         "device": device,
@@ -55,7 +67,13 @@ def read_environment(*, threads: int | None, device: str) -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    return {name: value for name, value in found.items() if value} | package_versions()
+    versions = {name: value for name, value in package_versions().items() if name in packages}
+    return {name: value for name, value in found.items() if value} | versions
+
+
+def _load_average() -> str:
+    """Return how many threads wanted to run over the last minute; empty on Windows, which says none."""
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
 
 
 def _cpu_clock() -> str:

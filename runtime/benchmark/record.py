@@ -16,6 +16,7 @@ from typing import Any, Final
 from gemma_deploy.errors import RequestError
 from gemma_deploy.runtime.benchmark.plan import BenchPlan
 from gemma_deploy.runtime.benchmark.results import (
+    LOAD,
     BenchCase,
     BenchReport,
     Contender,
@@ -27,7 +28,7 @@ from gemma_deploy.runtime.benchmark.results import (
 
 _FORMAT_VERSION: Final = 1
 # Facts of the environment that change from day to day without changing what is measured.
-_PASSING: Final = ("date", "clock", "system")
+_PASSING: Final = ("date", "clock", "system", LOAD)
 
 
 class BenchRecord:

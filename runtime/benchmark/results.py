@@ -12,6 +12,8 @@ from typing import Any, Self
 
 OURS = "gemma-deploy"
 """Name of the contender that all others are compared with."""
+LOAD = "load before"
+"""Name of the environment's fact that says how busy the machine was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

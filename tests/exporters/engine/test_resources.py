@@ -33,7 +33,8 @@ def test_a_build_that_fits_is_let_through(tmp_path: Path) -> None:
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 3_000_000_000)
     with pytest.raises(
-        EngineBuildError, match=r"about 5\.8 GB of memory, and 3\.0 GB are available: close other"
+        EngineBuildError,
+        match=r"about 5\.41 GiB of memory, and 2\.79 GiB are available: close other",
     ):
         check_resources(tmp_path, _build(), 5_000_000_000)
 
@@ -44,7 +45,7 @@ def test_where_nobody_tells_it_is_tried(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("layout", "needed", "hint"), [("one-engine", "5.1", "space"), ("two-engines", "10.1", "half")]
+    ("layout", "needed", "hint"), [("one-engine", "4.72", "space"), ("two-engines", "9.38", "half")]
 )
 def test_too_little_disk(
     layout: Layout, needed: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,6 +53,6 @@ def test_too_little_disk(
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: None)
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=4_000_000_000))
     with pytest.raises(
-        EngineBuildError, match=rf"has 4\.0 GB free, the engine needs {needed} GB.*{hint}"
+        EngineBuildError, match=rf"has 3\.73 GiB free, the engine needs {needed} GiB.*{hint}"
     ):
         check_resources(tmp_path, _build(layout), 5_000_000_000)

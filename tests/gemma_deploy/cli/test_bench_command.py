@@ -97,6 +97,46 @@ def test_ctrl_c_keeps_what_was_measured(
     assert len(measured) == save.read_text().count('"round"')
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_before_the_first_round(
+    invoke: Invoke, bundle: Path, monkeypatch: pytest.MonkeyPatch, *, as_json: bool
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run_sweep", interrupted)
+    result = invoke("bench", bundle, *SHORT, *(["--json"] if as_json else []))
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert (
+        "Interrupted: no round had been run to its end, so nothing was measured." in result.stderr
+    )
+    assert "follows" not in result.stderr
+
+
+@pytest.mark.usefixtures("rates")
+def test_only_packages_that_matter_are_listed(invoke: Invoke, bundle: Path) -> None:
+    result = invoke("bench", bundle, *SHORT, "--threads", "1", "--json")
+    environment = json.loads(result.stdout.splitlines()[-1])["environment"]
+    assert {"onnxruntime", "onnxruntime-gpu"} & environment.keys()
+    assert "gemma-deploy" in environment
+    others = {"torch", "onnx", "onnx-ir", "onnxscript", "huggingface_hub", "transformers", "triton"}
+    assert not others & environment.keys()
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_busy_machine_is_warned_of_before_and_in_the_page(
+    invoke: Invoke, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (999.0, 1.0, 1.0))
+    page = tmp_path / "page.html"
+    result = invoke("bench", bundle, *SHORT, "--threads", "1", "--report", page)
+    assert result.exit_code == 0, result.stderr
+    warning = result.stderr.index("Warning: the machine was busy before the benchmark began")
+    assert warning < result.stderr.index("loading ")
+    assert "Warning: the machine was busy" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

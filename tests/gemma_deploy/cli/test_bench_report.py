@@ -84,3 +84,17 @@ def test_nothing_measured(bench_report: BenchReport) -> None:
     report = dataclasses.replace(bench_report, measurements=(), roofline=None, environment={})
 
     assert "No round was run to its end." in report_html(report)
+
+
+def test_it_begins_with_three_figures(bench_report: BenchReport) -> None:
+    text = report_html(bench_report)
+
+    # The medians of ours in the first case.
+    headline = re.findall(r"<b>([^<]*)</b> <div>([^<]*)</div>", text)
+    assert headline == [
+        ("90.0", "decode, tokens/s"),
+        ("1,125", "prefill, tokens/s"),
+        ("14.4", "first token, ms"),
+    ]
+    assert text.index("<b>") < text.index("<svg")
+    assert "<b>" not in report_html(dataclasses.replace(bench_report, measurements=()))

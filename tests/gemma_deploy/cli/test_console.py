@@ -8,22 +8,6 @@ import pytest
 from gemma_deploy.cli import console
 
 
-class TestFormatBytes:
-    @pytest.mark.parametrize(
-        ("size_bytes", "text"),
-        [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.00 KiB"),
-            (1536, "1.50 KiB"),
-            (5_012_344_832, "4.67 GiB"),
-            (5 << 50, "5120.00 TiB"),
-        ],
-    )
-    def test_in_binary_units(self, size_bytes: int, text: str) -> None:
-        assert console.format_bytes(size_bytes) == text
-
-
 class TestJson:
     def test_is_readable_where_the_stream_is_utf8(self, capsys: pytest.CaptureFixture[str]) -> None:
         console.emit_json({"text": "π"})
@@ -53,6 +37,51 @@ class TestProgress:
                 show(stage, done, 10)
 
         assert capsys.readouterr() == ("", "one ...\ntwo ...\n")
+
+    def test_long_stages_say_how_far_they_are(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = 0.0
+        monkeypatch.setattr("time.monotonic", lambda: now)
+        with console.progress() as show:
+            for layer in range(19):  # 18 layers of 50 s each
+                show("quantizing layers", layer, 18)
+                now += 50
+            for block in range(0, 5_000, 50):  # 100 blocks of 1 s each
+                show("writing weights", block, 5_000)
+                now += 1
+
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[:3] == [
+            "quantizing layers ...",
+            "quantizing layers: 1 of 18, 0:50 so far, about 14:10 left",
+            "quantizing layers: 2 of 18, 1:40 so far, about 13:20 left",
+        ]
+        assert lines[18] == "quantizing layers: 18 of 18, 15:00 so far"
+        assert lines[19:] == [
+            "writing weights ...",
+            "writing weights: 30%, 0:30 so far, about 1:10 left",
+            "writing weights: 60%, 1:00 so far, about 0:40 left",
+            "writing weights: 90%, 1:30 so far, about 0:10 left",
+        ]
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"), [(59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_125, "10:02:05")]
+    )
+    def test_durations(
+        self,
+        seconds: float,
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        times = iter([0.0, seconds])
+        monkeypatch.setattr("time.monotonic", lambda: next(times))
+        show = console.StageLines()
+        show("reading", 0, 2)
+        show("reading", 2, 2)
+
+        assert capsys.readouterr().err.endswith(f"reading: 2 of 2, {text} so far\n")
 
     def test_is_a_bar_that_goes_away_on_a_terminal(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

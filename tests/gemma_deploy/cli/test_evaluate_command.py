@@ -19,6 +19,8 @@ from gemma_deploy.tokenizer import GemmaTokenizer
 TEXT = "You may reproduce and distribute copies of the Work in any medium, with a number: 42. " * 4
 # float32 sums of another order, on the nats of a whole text.
 REL = 1e-5
+# A token that the model has no embedding of, by whether it is a control token.
+BEYOND = {True: "<beyond>", False: "qqbeyondqq"}
 
 
 @pytest.fixture
@@ -208,6 +210,10 @@ class TestPlot:
         drawing = ET.parse(path).getroot()
         columns = drawing.findall("{http://www.w3.org/2000/svg}rect")
         assert len(columns) == 1 + min(200, len(token_ids) - 1)
+        texts = ["".join(x.itertext()) for x in drawing.iter("{http://www.w3.org/2000/svg}text")]
+        assert texts[0].endswith(bundle.name)
+        assert f"{text.name}, in windows of 512, by 256: perplexity " in texts[1]
+        assert "UTC" in texts[2]
 
     @pytest.mark.parametrize("name", ["plot.png", "missing/plot.svg"])
     def test_other_files_are_refused_before_anything_runs(
@@ -219,6 +225,47 @@ class TestPlot:
         assert "expected a file that ends in .svg or .csv" in result.stderr or (
             "does not exist" in result.stderr
         )
+
+
+class TestTokensWithoutEmbedding:
+    @pytest.fixture
+    def wider(self, bundle_checkpoint: Path, tmp_path: Path) -> Callable[[bool], Path]:
+        """Return `wider(special)`: the checkpoint, its tokenizer with one token more than the model."""
+
+        def write(special: bool) -> Path:
+            folder = shutil.copytree(bundle_checkpoint, tmp_path / f"wider-{special}")
+            vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+            raw = json.loads((folder / "tokenizer.json").read_text())
+            known = len(raw["model"]["vocab"])
+            assert known <= vocab_size
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            filling = [f"<filling{number}>" for number in range(known, vocab_size)]
+            for number, content in enumerate([*filling, BEYOND[special]], known):
+                added = {"id": number, "content": content, **flags, "special": special}
+                raw["added_tokens"].append(added)
+            (folder / "tokenizer.json").write_text(json.dumps(raw))
+            return folder
+
+        return write
+
+    def test_a_control_token_is_text(
+        self, wider: Callable[[bool], Path], invoke: Callable[..., Result], text: Path
+    ) -> None:
+        text.write_text(TEXT + BEYOND[True])
+
+        result = invoke("evaluate", wider(True), "--text", text, "--json")
+
+        assert result.exit_code == 0, result.stderr
+
+    def test_another_is_named(
+        self, wider: Callable[[bool], Path], invoke: Callable[..., Result], text: Path
+    ) -> None:
+        text.write_text(TEXT + BEYOND[False])
+
+        result = invoke("evaluate", wider(False), "--text", text)
+
+        assert result.exit_code == 2
+        assert "the text holds qqbeyondqq, which the tokenizer knows" in result.stderr
 
 
 class TestErrors:

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 
 
 class TestExport:
+    def test_says_which_folders_it_makes(
+        self,
+        invoke: Callable[..., Result],
+        bundle_checkpoint: Path,
+        bundle: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("gemma_deploy.api.export", recorder({}, bundle))
+
+        result = invoke("export", bundle_checkpoint, "-o", tmp_path / "no" / "parent" / "x")
+
+        parent = tmp_path / "no" / "parent"
+        assert f"Note: the folder {parent} does not exist and will be made" in result.stderr
+
     @pytest.mark.parametrize(
         ("options", "dtype"),
         [
@@ -146,7 +161,7 @@ class TestExport:
         result = invoke("export", tmp_path / "nowhere", "-o", tmp_path / "out")
 
         assert result.exit_code == 2
-        assert "is not there; expected a folder in Hugging Face layout" in result.stderr
+        assert "does not exist; expected a checkpoint in Hugging Face layout" in result.stderr
         assert not (tmp_path / "out").exists()
 
     def test_a_broken_checkpoint(

@@ -1,9 +1,11 @@
+import re
 from typing import Any
 
 import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import BackendUnavailableError
+from gemma_deploy.install_hint import install_line
 from gemma_deploy.runtime.benchmark import baselines
 from gemma_deploy.runtime.benchmark.baselines import (
     check_installed,
@@ -30,7 +32,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed(["torch-eager", "torch-compile"])
     with pytest.raises(
         BackendUnavailableError,
-        match=r"transformers needs the Python package transformers.*'gemma-deploy\[bench\]'",
+        match=re.escape(f"which is not installed: {install_line('bench')}; or leave that"),
     ):
         check_installed(["torch-eager", "transformers"])
 
@@ -52,7 +54,7 @@ def test_own_dtype_is_the_embedding_s(text_checkpoint: Any) -> None:
 @pytest.mark.parametrize(
     ("available", "expected"),
     [
-        (2_000_000_000, "it needs about 3.0 GB of memory, and 2.0 GB are available"),
+        (2_000_000_000, "it needs about 2.79 GiB of memory, and 1.86 GiB are available"),
         (3_000_000_000, None),
         (None, None),
     ],
@@ -68,5 +70,5 @@ def test_on_a_gpu_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(baselines, "free_gpu_bytes", lambda index: (index + 1) * 1_000_000_000)
     assert lack_of_memory(1_500_000_000, Device(kind="cuda", index=1)) is None
     assert lack_of_memory(1_500_000_000, Device(kind="cuda")) == (
-        "it needs about 1.5 GB of GPU memory, and 1.0 GB are available"
+        "it needs about 1.40 GiB of GPU memory, and 953.67 MiB are available"
     )
