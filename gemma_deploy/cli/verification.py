@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.byte_sizes import format_bytes
@@ -27,9 +27,12 @@ from gemma_deploy.graph_spec import DType
 from gemma_deploy.manifest import FORMAT_VERSION
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
 from gemma_deploy.tokenizer import GemmaTokenizer
+from gemma_deploy.vocabulary_fit import tokens_without_embedding
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+
+_MOST_NAMED_TOKENS: Final = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,5 +273,11 @@ def _describe(bundle: Bundle) -> str:
 def _check_tokenizer(bundle: Bundle) -> str:
     if not bundle.manifest.tokenizer:
         return "none: only token ids can be given"
-    size = GemmaTokenizer.from_pretrained(bundle.folder).vocab_size
-    return f"{size} tokens, {bundle.config.vocab_size} in the model"
+    tokenizer = GemmaTokenizer.from_pretrained(bundle.folder)
+    said = f"{tokenizer.vocab_size} tokens, {bundle.config.vocab_size} in the model"
+    beyond = tokens_without_embedding(tokenizer, bundle.config.vocab_size)
+    if not beyond:
+        return said
+    named = ", ".join(beyond[:_MOST_NAMED_TOKENS])
+    more = ", ..." if len(beyond) > _MOST_NAMED_TOKENS else ""
+    return f"{said}; the model has no embedding of {named}{more}, so prompts cannot hold them"

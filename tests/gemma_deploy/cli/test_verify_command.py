@@ -94,6 +94,26 @@ class TestWholeBundle:
         assert "ok    checkpoint: 256 tokens are read, 256 positions of them" in result.stdout
         assert result.stdout.count("ok    parity, ") == 5
 
+    def test_names_tokens_that_the_model_has_no_embedding_of(
+        self, invoke: Callable[..., Result], bundle: Path, tmp_path: Path
+    ) -> None:
+        changed = Path(shutil.copytree(bundle, tmp_path / "changed"))
+        path = changed / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        image = {"id": 512, "content": "<image_soft_token>", "special": True, **flags}
+        path.write_text(json.dumps({**raw, "added_tokens": [*raw["added_tokens"], image]}))
+        manifest = json.loads((changed / "manifest.json").read_text())
+        manifest["files"][path.name] = dataclasses.asdict(record_file(path))
+        (changed / "manifest.json").write_text(json.dumps(manifest))
+
+        result = invoke("verify", changed)
+
+        assert result.exit_code == 0, result.stdout
+        assert "513 tokens, 512 in the model; the model has no embedding of <image_soft" in (
+            result.stdout
+        )
+
     def test_reads_a_text_of_ones_own(
         self,
         invoke: Callable[..., Result],
