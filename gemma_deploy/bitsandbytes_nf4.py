@@ -111,8 +111,8 @@ def nf4_matrix(name: str, shape: tuple[int, ...], found: Mapping[str, StoredTens
     block_size = state.block_size("blocksize")
     if state.shape() != shape or len(shape) != 2 or shape[1] % 2:
         raise CheckpointError(
-            f"{name} in {found[name].file} is NF4 of shape {list(state.shape())}, expected "
-            f"{list(shape)} by config.json: they belong to different models"
+            f"{name} in {found[name].file} is NF4 of shape {_short(list(state.shape()))}, "
+            f"expected {list(shape)} by config.json: they belong to different models"
         )
     nested = None
     if state.is_nested:

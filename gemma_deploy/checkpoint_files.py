@@ -178,6 +178,6 @@ def _json(path: Path) -> Mapping[str, Any]:
     """Return a JSON object of a file; empty where it is something else: others report that."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}

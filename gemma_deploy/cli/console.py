@@ -114,20 +114,23 @@ class StageLines:
         """Take note that `done` of `total` parts of a stage are done; write a line if one is due."""
         now = time.monotonic()
         known = self._stages.get(stage)
-        if known is None:
-            self._stages[stage] = _Stage(started=now, last_line=now)
+        if known is None or done < known.done:  # a stage may come a second time
+            self._stages[stage] = _Stage(started=now, last_line=now, done=done)
             notice(f"{stage} ...")
-        elif done and now - known.last_line >= _SECONDS_BETWEEN_LINES:
+            return
+        known.done = done
+        if done and now - known.last_line >= _SECONDS_BETWEEN_LINES:
             known.last_line = now
             notice(f"{stage}: {_how_far(done, total, now - known.started)}")
 
 
 @dataclass(slots=True)
 class _Stage:
-    """When a stage began, and when its last line was written, in seconds of a steady clock."""
+    """When a stage began, when its last line was written (seconds of a steady clock), what is done."""
 
     started: float
     last_line: float
+    done: int
 
 
 def _how_far(done: int, total: int, elapsed_s: float) -> str:

@@ -110,7 +110,7 @@ class TextEvaluation:
         vocab_size = source.config.vocab_size
         unknown = [tokenizer.id_to_token(x) for x in sorted(set(token_ids)) if x >= vocab_size]
         if unknown:
-            named = ", ".join(unknown[:_MOST_NAMED_TOKENS])
+            named = ", ".join(map(repr, unknown[:_MOST_NAMED_TOKENS]))
             raise RequestError(
                 f"the text holds {named}{', ...' if len(unknown) > _MOST_NAMED_TOKENS else ''}, which "
                 f"the tokenizer knows and the model has no embedding of ({vocab_size} tokens): take "

@@ -62,9 +62,11 @@ def _panel(name: str, figures: Figures, *, top: float) -> Iterator[str]:
     nats = Axis.up_to(float(columns.max()), start=bottom, end=top)
     said = f"{name}: mean {_nats(mean)} (the line), highest column {_nats(float(columns.max()))}"
     yield label(_MARGIN, top - 10, said, size=14, is_bold=True)
-    for y, text in nats.ticks():
+    for number in range(nats.num_steps + 1):
+        value = number * nats.step
+        y = nats.position(value)
         yield line((left, y), (right, y), GRID)
-        yield label(left - 6, y + 4, text, anchor="end", colour=FAINT, size=11)
+        yield label(left - 6, y + 4, _nats(value), anchor="end", colour=FAINT, size=11)
     width = (right - left) / len(columns)
     for index, column in enumerate(columns):
         y = nats.position(float(column))
@@ -91,4 +93,5 @@ def _token_axis(
 
 
 def _nats(value: float) -> str:
+    """Return a figure in three digits: divergences may be as small as `2e-12`."""
     return f"{value:.3g}"

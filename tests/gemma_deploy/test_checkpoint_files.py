@@ -91,7 +91,7 @@ class TestExplainFolder:
 
         assert _matches("is quantized by MLX .*--int8 or --int4", explain_folder(tmp_path))
 
-    @pytest.mark.parametrize("content", ["not JSON", "[1]", "\udcff"])
+    @pytest.mark.parametrize("content", ["not JSON", "[1]", "\udcff", "[" * 200_000])
     def test_a_broken_config_is_for_others_to_report(self, tmp_path: Path, content: str) -> None:
         _write(tmp_path, ["model.safetensors"])
         (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))

@@ -65,6 +65,22 @@ class TestProgress:
             "writing weights: 90%, 1:30 so far, about 0:10 left",
         ]
 
+    def test_a_stage_that_comes_again_begins_anew(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        times = iter([0.0, 100.0, 200.0, 240.0])
+        monkeypatch.setattr("time.monotonic", lambda: next(times))
+        show = console.StageLines()
+        for done in (0, 2, 0, 1):
+            show("reading", done, 2)
+
+        assert capsys.readouterr().err.splitlines() == [
+            "reading ...",
+            "reading: 2 of 2, 1:40 so far",
+            "reading ...",
+            "reading: 1 of 2, 0:40 so far, about 0:40 left",
+        ]
+
     @pytest.mark.parametrize(
         ("seconds", "text"), [(59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_125, "10:02:05")]
     )

@@ -265,7 +265,7 @@ class TestTokensWithoutEmbedding:
         result = invoke("evaluate", wider(False), "--text", text)
 
         assert result.exit_code == 2
-        assert "the text holds qqbeyondqq, which the tokenizer knows" in result.stderr
+        assert "the text holds 'qqbeyondqq', which the tokenizer knows" in result.stderr
 
 
 class TestErrors:

@@ -53,6 +53,12 @@ def test_columns_fill_the_panel(size: int) -> None:
     assert heights == sorted(heights)
 
 
+def test_small_divergences_have_short_labels() -> None:
+    found = texts(drawn(np.ones(20), np.full(20, 1.5e-12)))
+
+    assert {"5e-13", "1e-12", "1.5e-12"} <= set(found)
+
+
 def test_figures_that_are_all_zero() -> None:
     drawing = drawn(np.ones(20), np.zeros(20))
 
