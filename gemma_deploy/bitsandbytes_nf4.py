@@ -111,7 +111,7 @@ def nf4_matrix(name: str, shape: tuple[int, ...], found: Mapping[str, StoredTens
     block_size = state.block_size("blocksize")
     if state.shape() != shape or len(shape) != 2 or shape[1] % 2:
         raise CheckpointError(
-            f"{name} in {found[name].file} is NF4 of shape {_short(list(state.shape()))}, "
+            f"{name} in {found[name].file} is NF4 of shape {shortened(list(state.shape()))}, "
             f"expected {list(shape)} by config.json: they belong to different models"
         )
     nested = None
