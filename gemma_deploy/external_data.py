@@ -1,14 +1,11 @@
 """Where an ONNX graph's external data lies: `check_external_data`."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 from gemma_deploy.errors import BundleError
-from gemma_deploy.onnx_tensors import ExternalTensor, external_tensors
 from gemma_deploy.safe_paths import safe_path
-
-_MOST_DIGITS: Final = 19  # of 64 bits
-_MOST_SHOWN: Final = 80
 
 
 def check_external_data(folder: Path, graph: Path) -> None:
@@ -18,39 +15,39 @@ def check_external_data(folder: Path, graph: Path) -> None:
         UnsafePathError: An external-data location that leaves the folder.
         BundleError: The graph is not ONNX, or a tensor lies outside its file.
     """
+    import onnx
+    from google.protobuf.message import DecodeError
+
     try:
-        tensors = list(external_tensors(graph.read_bytes()))
-    except (ValueError, OSError) as err:
+        model = onnx.load(graph, load_external_data=False)
+    except (DecodeError, OSError) as err:
         raise BundleError(f"{graph} cannot be read as an ONNX model: {err}") from err
-    for tensor in tensors:
-        _check(tensor, folder, graph)
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
+        offset, length = entry.get("offset", "0"), entry.get("length", "0")
+        if not offset.isdecimal() or not length.isdecimal():
+            raise BundleError(
+                f"{graph.name}: tensor {tensor.name} has offset {offset!r} and length {length!r}, "
+                "expected numbers of bytes: the bundle is damaged; export it again"
+            )
+        end = int(offset) + int(length)
+        size = path.stat().st_size if path.is_file() else 0
+        if end > size:
+            raise BundleError(
+                f"{graph.name}: tensor {tensor.name} ends at byte {end:,} of {path.name}, which has "
+                f"{size:,} bytes: the bundle is damaged; export it again"
+            )
 
 
-def _check(tensor: ExternalTensor, folder: Path, graph: Path) -> None:
-    entries, name = tensor.entries, tensor.name[:_MOST_SHOWN]
-    path = safe_path(folder, entries.get("location", ""), f"{graph.name} (tensor {name})")
-    offset, length = entries.get("offset", "0"), entries.get("length", "0")
-    if not _is_count(offset) or not _is_count(length):
-        raise BundleError(
-            f"{graph.name}: tensor {name} has offset {offset[:_MOST_SHOWN]!r} and length "
-            f"{length[:_MOST_SHOWN]!r}, expected numbers of bytes: the bundle is damaged; export it "
-            "again"
-        )
-    end, size = int(offset) + int(length), _size_bytes(path)
-    if end > size:
-        raise BundleError(
-            f"{graph.name}: tensor {name} ends at byte {end:,} of {path.name}, which has {size:,} "
-            "bytes: the bundle is damaged; export it again"
-        )
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
-
-
-def _size_bytes(path: Path) -> int:
-    """Return a file's size; 0 of what is none."""
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:  # a name that no file can have
-        return 0
+def _tensors(message: Any) -> Iterator[Any]:
+    """Yield every TensorProto of an ONNX message: of graphs, subgraphs, attributes and functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for child in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(child)

@@ -225,7 +225,7 @@ class TestErrors:
         ("verb", "package", "advice"),
         [
             ("inspect", "safetensors", ""),
-            ("verify", "tokenizers", f". All that verify needs: {install_line()}"),
+            ("verify", "onnx", f". All that verify needs: {install_line()}"),
             ("export", "onnx_ir", f". All that export needs: {install_line()}"),
         ],
     )

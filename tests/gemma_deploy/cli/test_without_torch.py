@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 # What exporting takes and running does not: modules, and what pip calls them.
-MODULES = ("torch", "onnx", "onnxscript", "onnx_ir", "transformers", "huggingface_hub")
-DISTRIBUTIONS = {"torch", "onnx", "onnxscript", "onnx-ir"}
+MODULES = ("torch", "onnxscript", "onnx_ir", "transformers", "huggingface_hub")
+DISTRIBUTIONS = {"torch", "onnxscript", "onnx-ir"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
