@@ -26,17 +26,17 @@ _ROLES: Final = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token
 class TokenizerSettings:
     """Settings of a tokenizer that tokenizer.json does not hold.
 
+    `add_bos_token` and `add_eos_token` are not among them: they are for training, and transformers
+    goes by the post processor in tokenizer.json too.
+
     Attributes:
         named_tokens: The tokens that have a role, by its name: "bos_token", "eos_token", ...
         extra_special_tokens: Tokens that are special beyond the named ones.
-        add_bos, add_eos: Whether encoding adds the token; None where the files do not say.
         chat_template: Jinja source; None where there is none.
     """
 
     named_tokens: Mapping[str, str] = field(default_factory=dict)
     extra_special_tokens: tuple[str, ...] = ()
-    add_bos: bool | None = None
-    add_eos: bool | None = None
     chat_template: str | None = None
 
     @classmethod
@@ -57,8 +57,6 @@ class TokenizerSettings:
         return cls(
             named_tokens=named,
             extra_special_tokens=_extra_special_tokens(values, path),
-            add_bos=_flag(values, "add_bos_token", path),
-            add_eos=_flag(values, "add_eos_token", path),
             chat_template=_read_chat_template(folder, values, path),
         )
 
@@ -74,10 +72,6 @@ class TokenizerSettings:
             "extra_special_tokens": list(self.extra_special_tokens),
             "clean_up_tokenization_spaces": False,
         }
-        if self.add_bos is not None:
-            values["add_bos_token"] = self.add_bos
-        if self.add_eos is not None:
-            values["add_eos_token"] = self.add_eos
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         template = folder / "chat_template.jinja"
@@ -135,13 +129,6 @@ def _extra_special_tokens(values: Mapping[str, Any], path: Path) -> tuple[str, .
             raise TokenizerError(f'{path}: "{key}" is {listed!r}; expected a list of tokens.')
         tokens += [_content(item, key, path) for item in items]
     return tuple(dict.fromkeys(tokens))
-
-
-def _flag(values: Mapping[str, Any], key: str, path: Path) -> bool | None:
-    value = values.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise TokenizerError(f'{path}: "{key}" is {value!r}; expected true or false.')
-    return value
 
 
 def _read_chat_template(folder: Path, values: Mapping[str, Any], path: Path) -> str | None:

@@ -54,9 +54,7 @@ class GemmaTokenizer:
     ) -> None:
         if backend is None:
             backend = minimal_backend()
-            settings = settings or TokenizerSettings(
-                named_tokens={"mask_token": "<mask>"}, add_bos=False
-            )
+            settings = settings or TokenizerSettings(named_tokens={"mask_token": "<mask>"})
         settings = settings or TokenizerSettings()
         self._backend = backend
         self._settings = settings
@@ -69,9 +67,10 @@ class GemmaTokenizer:
     def from_pretrained(cls, folder: str | Path) -> "GemmaTokenizer":
         """Read the tokenizer of a checkpoint or bundle folder.
 
-        `<bos>` is added as `add_bos_token` in tokenizer_config.json says; where it does not say, as
-        the post processor in tokenizer.json does; and where there is none, it is added, since Gemma
-        was trained with it.
+        As in transformers, `<bos>` comes in front of a text if the post processor in tokenizer.json
+        puts it there; `add_bos_token` in tokenizer_config.json says nothing. `<eos>` is never put
+        behind a text unasked, whatever the files say: it is for training rows, and behind it a
+        model starts anew instead of going on.
 
         Raises:
             TokenizerError: There is no tokenizer.json, a file cannot be read, or it is not Gemma's.
@@ -92,10 +91,7 @@ class GemmaTokenizer:
         """
         folder = Path(folder)
         settings = dataclasses.replace(
-            self._settings,
-            named_tokens=self._vocabulary.named_tokens,
-            add_bos=self._vocabulary.adds_bos,
-            add_eos=self._vocabulary.adds_eos,
+            self._settings, named_tokens=self._vocabulary.named_tokens
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +139,7 @@ class GemmaTokenizer:
         text: str,
         *,
         add_bos: bool | None = None,
-        add_eos: bool | None = None,
+        add_eos: bool = False,
         allow_special: bool = True,
     ) -> list[int]:
         """Return the token ids of a text.
@@ -152,7 +148,7 @@ class GemmaTokenizer:
             text: Any text, also none.
             add_bos: Whether `<bos>` comes first (once: not if the text itself starts with it);
                 None as the checkpoint's tokenizer does it.
-            add_eos: The same for `<eos>` at the end.
+            add_eos: Whether `<eos>` comes last (once), as training rows have it.
             allow_special: Whether control tokens spelled in the text (`<end_of_turn>`) become their
                 ids. False is for text of users: it is then encoded like any other characters.
                 Added tokens that are text (runs of newlines, HTML tags) are found either way.
@@ -168,7 +164,7 @@ class GemmaTokenizer:
             bos = self._vocabulary.required_id("bos_token")
             if ids[:1] != [bos]:
                 ids.insert(0, bos)
-        if self._vocabulary.adds_eos if add_eos is None else add_eos:
+        if add_eos:
             eos = self._vocabulary.required_id("eos_token")
             if ids[-1:] != [eos]:
                 ids.append(eos)
@@ -180,7 +176,7 @@ class GemmaTokenizer:
         *,
         padding_side: Literal["left", "right"] = "right",
         add_bos: bool | None = None,
-        add_eos: bool | None = None,
+        add_eos: bool = False,
         allow_special: bool = True,
     ) -> BatchEncoding:
         """Encode texts and pad them with `<pad>` to the longest one's length.

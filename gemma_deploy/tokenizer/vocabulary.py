@@ -28,13 +28,14 @@ class Vocabulary:
     Attributes:
         named_tokens: The tokens that have a role, by its name.
         bos_token_id, eos_token_id, pad_token_id: None where no token has the role.
-        adds_bos, adds_eos: Whether encoding adds the token unless told otherwise.
+        adds_bos: Whether encoding puts `<bos>` in front unless told otherwise: as the backend's post
+            processor did.
         special_ids: The ids that decoding leaves out when it skips special tokens.
         control_tokens: What text must not turn into unless it may control the model.
 
     Args:
         backend: Changed: tokens that only the settings call special become so, and the post
-            processor becomes what the settings say.
+            processor adds `<bos>` if it did so before, and nothing else.
         settings: What the backend does not hold.
 
     Raises:
@@ -53,8 +54,7 @@ class Vocabulary:
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         self.pad_token_id = self._named_id("pad_token")
-        self.adds_bos = self._adds(settings.add_bos, self.bos_token_id, default=True)
-        self.adds_eos = self._adds(settings.add_eos, self.eos_token_id, default=False)
+        self.adds_bos = self.bos_token_id in backend.encode("").ids[:1]
         backend.post_processor = self._post_processor()
 
         added = backend.get_added_tokens_decoder()
@@ -113,24 +113,11 @@ class Vocabulary:
             )
         return token_id
 
-    def _adds(self, setting: bool | None, token_id: int | None, *, default: bool) -> bool:
-        if token_id is None:
-            return False
-        if setting is not None:
-            return setting
-        if self._backend.post_processor is None:
-            return default
-        return token_id in self._backend.encode("").ids
-
     def _post_processor(self) -> TemplateProcessing:
         """Return what makes other readers of a saved tokenizer.json add the same tokens."""
-        before = [self.named_tokens["bos_token"]] if self.adds_bos else []
-        after = [self.named_tokens["eos_token"]] if self.adds_eos else []
+        names = [self.named_tokens["bos_token"]] if self.adds_bos else []
         return TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1"]
-            + [f"{name}:1" for name in after],
-            special_tokens=[
-                (name, self._backend.token_to_id(name)) for name in dict.fromkeys(before + after)
-            ],
+            single=[*names, "$A"],
+            pair=[*names, "$A", *(f"{name}:1" for name in names), "$B:1"],
+            special_tokens=[(name, self._backend.token_to_id(name)) for name in names],
         )

@@ -27,7 +27,6 @@ def test_tokens_as_strings_and_objects(tmp_path: Path) -> None:
             "eos_token": {"content": "<eos>"},
             "pad_token": None,
             "boi_token": "<start_of_image>",
-            "add_bos_token": True,
             "additional_special_tokens": ["<start_of_turn>", {"content": "<end_of_turn>"}],
             "extra_special_tokens": {"image_token": "<image_soft_token>"},
         },
@@ -42,7 +41,6 @@ def test_tokens_as_strings_and_objects(tmp_path: Path) -> None:
         "<end_of_turn>",
         "<image_soft_token>",
     )
-    assert (settings.add_bos, settings.add_eos) == (True, None)
 
 
 def test_config_wins_over_special_tokens_map(tmp_path: Path) -> None:
@@ -59,7 +57,6 @@ def test_config_wins_over_special_tokens_map(tmp_path: Path) -> None:
     [
         ([], "holds a list; expected a JSON object"),
         ({"bos_token": 2}, '"bos_token" is 2; expected a string'),
-        ({"add_bos_token": "yes"}, "\"add_bos_token\" is 'yes'; expected true or false"),
         ({"extra_special_tokens": "<x>"}, "expected a list of tokens"),
         ({"chat_template": 3}, '"chat_template" is a int; expected a string or a list'),
         ({"chat_template": ["x"]}, '"chat_template" is a list; expected a string or a list'),
