@@ -1,5 +1,6 @@
 """The tokens of a tokenizer, and what each is for."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Final, SupportsIndex
 
@@ -7,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from gemma_deploy.errors import TokenizerError
-from gemma_deploy.tokenizer.control_tokens import ControlTokens, reads_as_control
+from gemma_deploy.tokenizer.control_tokens import ControlTokens, normalized, reads_as_control
 from gemma_deploy.tokenizer.settings import TokenizerSettings
 
 TURN_TOKENS: Final = ("<start_of_turn>", "<end_of_turn>")
@@ -19,6 +20,7 @@ _GEMMA_NAMES: Final = {
     "pad_token": "<pad>",
     "unk_token": "<unk>",
 }
+_END_ROLES: Final = ("bos_token", "eos_token", "pad_token")
 _BYTE_TOKENS: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -31,6 +33,7 @@ class Vocabulary:
         adds_bos: Whether encoding puts `<bos>` in front unless told otherwise: as the backend's post
             processor did.
         special_ids: The ids that decoding leaves out when it skips special tokens.
+        framing_tokens: The control tokens that open or close a text or one of Gemma's turns.
         control_tokens: What text must not turn into unless it may control the model.
 
     Args:
@@ -57,6 +60,9 @@ class Vocabulary:
         self.adds_bos = self.bos_token_id in backend.encode("").ids[:1]
         backend.post_processor = self._post_processor()
 
+        # Gemma 3's files name <end_of_turn> as "eos_token", and do not name <eos>.
+        ends = [(_GEMMA_NAMES[role], self.named_tokens.get(role, "")) for role in _END_ROLES]
+        self.framing_tokens = frozenset(map(normalized, itertools.chain(TURN_TOKENS, *ends)))
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         control = [t.content for t in added.values() if t.special or reads_as_control(t.content)]

@@ -1,5 +1,4 @@
 import re
-from collections import UserDict
 from typing import Any
 
 import pytest
@@ -7,6 +6,8 @@ import pytest
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.tokenizer import GemmaTokenizer
 from gemma_deploy.tokenizer.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
+from gemma_deploy.tokenizer.control_tokens import ControlTokens
+from gemma_deploy.tokenizer.conversation import Conversation
 
 USER = {"role": "user", "content": " What is\n a  llama? "}
 MODEL = {"role": "assistant", "content": "An animal.\n\n"}
@@ -91,38 +92,12 @@ def test_renders_and_encodes_as_transformers(
         ([SYSTEM, MODEL], 'must alternate .* but message 2 is from "assistant"'),
         ([USER, SYSTEM], 'must alternate .* but message 2 is from "system"'),
         ([SYSTEM], "a system message needs a user message"),
-        ([{"role": "user", "content": [{"type": "image"}]}], 'part of type "image"; only text'),
+        ([USER, {**MODEL, "tool_calls": [{}]}], "it has no place for tools"),
     ],
 )
 def test_default_refuses(tokenizer: GemmaTokenizer, messages: Any, message: str) -> None:
     with pytest.raises(TokenizerError, match=f"Gemma's chat template cannot .*{message}"):
         tokenizer.apply_chat_template(messages)
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "There are no messages; expected at least one"),
-        ("hi", "messages is a str; expected a list"),
-        (USER, "messages is a dict; expected a list"),
-        (["hi"], "Message 1 is 'hi'; expected an object"),
-        ([USER, {"role": "user"}], 'Message 2 is .*; expected an object with "role" and "content"'),
-        ([{"role": "robot", "content": ""}], "Message 1 has the role 'robot'; expected one of"),
-        ([{"role": ["user"], "content": ""}], r"Message 1 has the role \['user'\]"),
-        ([{"role": "user", "content": None}], "Message 1 has a content of type NoneType"),
-        ([{"role": "user", "content": ["hi"]}], "Message 1 has a content of type list"),
-        ([{**USER, "image": object()}], "Message 1 holds a object; expected only what JSON has"),
-    ],
-)
-def test_malformed_messages(tokenizer: GemmaTokenizer, messages: Any, message: str) -> None:
-    for method in (tokenizer.apply_chat_template, tokenizer.encode_chat):
-        with pytest.raises(TokenizerError, match=message):
-            method(messages)
-
-
-def test_messages_may_be_any_mapping(tokenizer: GemmaTokenizer) -> None:
-    messages = (UserDict(USER),)
-    assert tokenizer.encode_chat(messages) == tokenizer.encode_chat([USER])
 
 
 @pytest.mark.parametrize(
@@ -136,13 +111,16 @@ def test_messages_may_be_any_mapping(tokenizer: GemmaTokenizer) -> None:
         ("{{ messages.append(1) }}", "is unsafe"),
         ("{{ ''.__class__.__mro__ }}", "is unsafe"),
         ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{% for a in [] %}" * 30 + "{% endfor %}" * 30, "nested blocks"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "recursion"),
+        ("{{ raise_exception('x' * 10 ** 6) }}", r"xxxx… \(1,000,000 characters\)"),
     ],
 )
 def test_template_that_fails(template: str, reason: str) -> None:
     with pytest.raises(
         TokenizerError, match=re.compile(f"checkpoint's chat .*{reason}", re.DOTALL)
     ):
-        ChatTemplate(template, {}).render([USER], add_generation_prompt=True)
+        ChatTemplate(template, {}, ControlTokens([])).render(Conversation(messages=[USER]))
 
 
 def test_base_vocabulary_has_no_turns() -> None:
