@@ -35,8 +35,10 @@ def contents_as_read(
         if not watched:
             return conversation
         failure: TokenizerError | None = None
+        # A message left open would be copied, and its copy not watched.
+        closed = dataclasses.replace(conversation, continue_final_message=False)
         try:
-            render(_with_contents(conversation, {i: w.content for i, w in watched.items()}))
+            render(_with_contents(closed, {i: w.content for i, w in watched.items()}))
         except TokenizerError as err:
             failure = err
         for index, watch in watched.items():
