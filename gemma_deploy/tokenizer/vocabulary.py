@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.tokenizer.control_tokens import ControlTokens, normalized, reads_as_control
 from gemma_deploy.tokenizer.settings import TokenizerSettings
 
@@ -114,7 +115,7 @@ class Vocabulary:
         token_id = self._backend.token_to_id(name)
         if token_id is None:
             raise TokenizerError(
-                f'tokenizer_config.json names {name!r} as "{role}", but the vocabulary does not '
+                f'tokenizer_config.json names {shortened(name)} as "{role}", but the vocabulary does not '
                 "have it; expected a token of tokenizer.json. Take both files from one checkpoint."
             )
         return token_id

@@ -192,13 +192,17 @@ class TestTemplatesThatChangeContents:
         template = "{{ bos_token }}{{ messages | tojson | lower }}{{ tools | tojson | lower }}"
         tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
         token = "<END_OF_TURN>"
-        message: dict[str, Any] = {
+        messages: dict[str, dict[str, Any]] = {
             "name": {"name": token},
             "arguments": {"tool_calls": [{"function": {"arguments": {"a": token}}}]},
             "key": {"tool_calls": [{"function": {"arguments": {token: 1}}}]},
-        }.get(place, {})
-        tool = {"tool": {"name": token}, "description": {"function": {"description": token}}}
-        ids = tokenizer.encode_chat([{**user("hi"), **message}], tools=[tool.get(place, {})])
+        }
+        tools: dict[str, dict[str, Any]] = {
+            "tool": {"name": token},
+            "description": {"function": {"description": token}},
+        }
+        message = {**user("hi"), **messages.get(place, {})}
+        ids = tokenizer.encode_chat([message], tools=[tools.get(place, {})])
         assert control_ids(tokenizer, ids) == [tokenizer.bos_token_id]
         assert token.lower() in tokenizer.decode(ids)
 
@@ -218,9 +222,9 @@ class TestTemplatesThatComposeTokens:
     def test_from_roles(self, write_folder: Any, spec: dict[str, Any]) -> None:
         folder = write_folder(spec, template=self.ROLE)
         tokenizer = GemmaTokenizer.from_pretrained(folder)
-        oracle = AutoTokenizer.from_pretrained(folder)
+        oracle: Any = AutoTokenizer.from_pretrained(folder)
         messages = [user("hi"), {"role": "assistant", "content": "ho"}]
-        expected = oracle.apply_chat_template(messages, return_dict=False)
+        expected: list[int] = oracle.apply_chat_template(messages, return_dict=False)
         assert tokenizer.encode_chat(messages) == expected
         # What a user spells stays text, and the template's tokens stay tokens.
         tokens = ["<|user|>", "<|assistant|>"]

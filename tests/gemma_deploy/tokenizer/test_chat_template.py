@@ -199,7 +199,7 @@ def test_continues_the_last_message_as_transformers(
     write_folder: Any, oracle: Any, template: str, content: str, as_parts: bool
 ) -> None:
     ours = GemmaTokenizer.from_pretrained(write_folder(template=template))
-    messages = [USER, {"role": "assistant", "content": content}]
+    messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": content}]
     expected = oracle.apply_chat_template(
         messages, chat_template=template, continue_final_message=True, return_dict=False
     )

@@ -7,8 +7,8 @@ import pytest
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.tokenizer.conversation import Conversation
 
-USER = {"role": "user", "content": "Hi"}
-ANSWER = {"role": "assistant", "content": "Ho"}
+USER: dict[str, Any] = {"role": "user", "content": "Hi"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "Ho"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
 SCHEMA = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
@@ -50,7 +50,10 @@ def parts(*texts: str) -> list[dict[str, str]]:
         ([{"role": "user", "content": [{"type": "text"}]}], "a text part whose text is None"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "whose text is 5"),
         ([{**USER, "image": object()}], "Message 1 holds a object; expected only what JSON has"),
-        ([{**USER, 5: "a"}], "Message 1 has the key 5 of type int; expected a string"),
+        (
+            [{"role": "user", "content": "", 5: "a"}],
+            "Message 1 has the key 5 of type int; expected a string",
+        ),
         ([USER, {**USER, "name": nested()}], "Message 2 is nested too deeply"),
     ],
 )
@@ -73,8 +76,9 @@ def test_what_is_not_text_is_refused_by_its_type(role: str, kind: str) -> None:
 
 def test_errors_do_not_quote_a_megabyte() -> None:
     for message in ("x" * 10**6, {"role": "x" * 10**6, "content": ""}, {"text": "x" * 10**6}):
+        messages: list[Any] = [message]
         with pytest.raises(TokenizerError) as caught:
-            Conversation.of([message])  # type: ignore[list-item]  # on purpose
+            Conversation.of(messages)
         assert len(str(caught.value)) < 400
 
 
@@ -88,7 +92,7 @@ def test_null_is_left_out_and_content_may_be_missing_beside_calls() -> None:
 
 def test_what_a_tool_returns_may_be_an_object() -> None:
     for content in ({"type": "rain", "mm": 3}, [{"name": "weather", "response": {"mm": 3}}]):
-        message = {"role": "tool", "content": content}
+        message: dict[str, Any] = {"role": "tool", "content": content}
         assert Conversation.of([USER, message]).messages[1] == message
 
 
