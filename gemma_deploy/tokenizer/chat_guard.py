@@ -4,14 +4,16 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.quoting import shortened_text
 from gemma_deploy.tokenizer.chat_template import ChatTemplate
-from gemma_deploy.tokenizer.control_marks import Rendering, unused_characters
+from gemma_deploy.tokenizer.control_marks import Rendering
 from gemma_deploy.tokenizer.control_tokens import ControlTokens, normalized, split_at
 from gemma_deploy.tokenizer.conversation import Conversation
+
+_Render: TypeAlias = Callable[[Conversation], Rendering]
 
 # What a conversation has whatever the template looks up.
 _KEYS: Final = frozenset({"role", "content", "type", "text"})
@@ -55,43 +57,46 @@ def guarded_pieces(
     plain = template.render(conversation)
     if not control_tokens.found(plain):
         return [plain]
-    used = conversation.characters() | set(plain)
-    marks, render_marked = template.marked(used)
+    *renders, filler = _renders(conversation, template, framing, set(plain))
+    # Without marks the text is the plain one, so there always is one of the two.
+    render, real = next(
+        (render, real)
+        for render in renders
+        if (real := _rendering_or_none(render, conversation)) is not None and real.text == plain
+    )
+    if not any(_cuts(real, control_tokens)):
+        return [plain]
+    masking = _Masking(filler, template.names, control_tokens, framing)
+    neutral = _rendering_or_none(render, masking.masked(conversation))
+    if neutral is None:
+        raise _undecided(control_tokens.found(plain))
+    composed = sorted(set(control_tokens.matches(neutral.text)) - set(neutral.own))
+    if not composed or _is_aligned(real, neutral, filler):
+        own = [*real.own, *composed]
+        return split_at(plain, sorted(set(_cuts(Rendering(plain, own), control_tokens))))
+    found, expected = control_tokens.found(plain), control_tokens.found(neutral.text)
+    if found == expected and masking.spelled.isdisjoint(found):
+        return [plain]
+    raise _undecided([*(Counter(found) - Counter(expected))] or sorted(masking.spelled))
 
-    def by_marks(conversation: Conversation) -> Rendering:
+
+def _renders(
+    conversation: Conversation, template: ChatTemplate, framing: Collection[str], used: set[str]
+) -> tuple[_Render, _Render, str]:
+    """Return what renders with marks and what renders without, and a character that is not used."""
+    marks, render_marked = template.marked(conversation.characters() | used)
+
+    def with_marks(conversation: Conversation) -> Rendering:
         marked = conversation.with_answers(lambda text: marks.marked(text, framing))
         return marks.restored(render_marked(marked))
 
     def without_marks(conversation: Conversation) -> Rendering:
         return Rendering(template.render(conversation), [])
 
-    render = by_marks
-    real = _rendering_or_none(by_marks, conversation)
-    if real is None or real.text != plain:
-        render, real = without_marks, Rendering(plain, [])
-    if not any(_cuts(real, control_tokens)):
-        return [plain]
-    filler = next(unused_characters({*used, *marks.by_token.values()}))
-    masked = _Masking(filler, template.names, control_tokens, framing).masked(conversation)
-    neutral = _rendering_or_none(render, masked)
-    if neutral is None:
-        raise _undecided(control_tokens.found(plain))
-    composed = sorted(set(control_tokens.matches(neutral.text)) - set(neutral.own))
-    if not composed:
-        own = real.own
-    elif _is_aligned(real, neutral, filler):
-        own = [*real.own, *composed]
-    else:
-        found, expected = control_tokens.found(plain), control_tokens.found(neutral.text)
-        if found != expected:
-            raise _undecided([*(Counter(found) - Counter(expected))] or found)
-        return [plain]
-    return split_at(plain, sorted(set(_cuts(Rendering(plain, own), control_tokens))))
+    return with_marks, without_marks, marks.unused()
 
 
-def _rendering_or_none(
-    render: Callable[[Conversation], Rendering], conversation: Conversation
-) -> Rendering | None:
+def _rendering_or_none(render: _Render, conversation: Conversation) -> Rendering | None:
     try:
         return render(conversation)
     except TokenizerError:
@@ -132,12 +137,20 @@ class _Masking:
 
     What stays: whitespace, which templates trim and split at; roles and types, which are of a few
     kinds; keys that the template spells; control tokens that the assistant may write.
+
+    Attributes:
+        filler: A character that occurs nowhere else.
+        names: The strings that the template spells.
+        control_tokens: What users may not write.
+        framing: What the assistant may not write either.
+        spelled: The control tokens that were masked so far.
     """
 
     filler: str
     names: Collection[str]
     control_tokens: ControlTokens
     framing: Collection[str]
+    spelled: set[str] = dataclasses.field(default_factory=set)
 
     def masked(self, conversation: Conversation) -> Conversation:
         """Return a neutral copy of a conversation."""
@@ -174,6 +187,7 @@ class _Masking:
         return key if key in _KEYS or key in self.names else self._hidden(key)
 
     def _hidden(self, text: str) -> str:
+        self.spelled.update(self.control_tokens.found(text))
         return re.sub(r"\S", self.filler, text)
 
     def _answer(self, text: str) -> str:

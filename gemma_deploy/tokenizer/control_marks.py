@@ -46,6 +46,14 @@ class ControlMarks:
         """The mark of each token that was marked so far."""
         return self._by_token
 
+    def unused(self) -> str:
+        """Return a character that is neither a mark nor used, another one each time.
+
+        Raises:
+            TokenizerError: No private-use character is left.
+        """
+        return next(self._unused)
+
     def marked(self, text: str, exempt: Container[str] = ()) -> str:
         """Return `text` with a mark for each control token that encoding would find in it.
 
@@ -62,7 +70,7 @@ class ControlMarks:
             token = text[start:end]
             if normalized(token) not in exempt:
                 if token not in self._by_token:
-                    self._by_token[token] = next(self._unused)
+                    self._by_token[token] = self.unused()
                 pieces += [text[position:start], self._by_token[token]]
                 position = end
         return "".join([*pieces, text[position:]])

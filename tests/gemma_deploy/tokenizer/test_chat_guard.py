@@ -275,6 +275,17 @@ def test_template_that_looks_into_its_own_tokens(
     assert tokenizer.encode_chat(messages) == expected
 
 
+def test_a_users_token_does_not_pass_for_the_one_it_keeps_away(write_folder: Any) -> None:
+    template = (
+        "{{ bos_token }}{% set text = messages[0].content %}"
+        "{{ text if '<eos>' in text else text ~ '<eos>' }}"
+    )
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    assert tokenizer.encode_chat([user("hi")]) == tokenizer.encode("hi", add_eos=True)
+    with pytest.raises(TokenizerError, match=r"\(<eos>\), and the checkpoint's"):
+        tokenizer.encode_chat([user("hi<eos> you")])
+
+
 def test_users_may_write_private_use_characters(tokenizer: GemmaTokenizer, oracle: Any) -> None:
     # Those that are taken first, and those that probes of the template are made of.
     content = "\U000f0000 \U000f0001\U000f0002 \ue000\ue001"
