@@ -27,42 +27,51 @@ def contents_as_read(
             Python would.
     """
     while True:
-        watched = {
+        messages = conversation.messages
+        watches = {
             index: _Watch(message["content"])
-            for index, message in enumerate(conversation.messages)
+            for index, message in enumerate(messages)
             if isinstance(message.get("content"), list | dict)
         }
-        if not watched:
+        if not watches:
             return conversation
-        failure: TokenizerError | None = None
-        # A message left open would be copied, and its copy not watched.
-        closed = dataclasses.replace(conversation, continue_final_message=False)
-        try:
-            render(_with_contents(closed, {i: w.content for i, w in watched.items()}))
-        except TokenizerError as err:
-            failure = err
-        for index, watch in watched.items():
-            if watch.is_printed and not is_parts(conversation.messages[index]["content"]):
+        failure = _failure(render, conversation, watches)
+        unread = []
+        for index, watch in watches.items():
+            if is_parts(messages[index]["content"]):
+                if watch.is_printed or not watch.is_read:
+                    unread.append(index)
+            elif watch.is_printed:
                 raise TokenizerError(
                     f"Message {index + 1} has an object as content, which the chat template prints "
                     "as Python would; expected a string. Give it as JSON text."
                 )
-        texts = {
-            index: joined_parts(conversation.messages[index]["content"])
-            for index, watch in watched.items()
-            if is_parts(conversation.messages[index]["content"])
-            and (watch.is_printed or not watch.is_read)
-        }
         if failure is not None:
-            if not texts:
+            if not unread:
                 raise failure
-            # The template did not come to the messages behind the one it failed at; how it reads
-            # those of other roles is not known yet.
-            role = conversation.messages[min(texts)]["role"]
-            texts = {i: t for i, t in texts.items() if conversation.messages[i]["role"] == role}
-        if not texts:
+            # The template did not come to what is behind the message that it failed at; how it
+            # reads messages of other roles is not known yet.
+            role = messages[unread[0]]["role"]
+            unread = [index for index in unread if messages[index]["role"] == role]
+        if not unread:
             return conversation
-        conversation = _with_contents(conversation, texts)
+        conversation = _with_contents(
+            conversation, {index: joined_parts(messages[index]["content"]) for index in unread}
+        )
+
+
+def _failure(
+    render: Callable[[Conversation], str], conversation: Conversation, watches: dict[int, "_Watch"]
+) -> TokenizerError | None:
+    """Render watched contents, and return how that fails."""
+    contents = {index: watch.content for index, watch in watches.items()}
+    # A message left open would be copied, and its copy not watched.
+    closed = dataclasses.replace(conversation, continue_final_message=False)
+    try:
+        render(_with_contents(closed, contents))
+    except TokenizerError as err:
+        return err
+    return None
 
 
 def _with_contents(conversation: Conversation, contents: dict[int, Any]) -> Conversation:

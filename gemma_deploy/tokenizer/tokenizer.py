@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.tokenizer.backend import minimal_backend, read_backend
 from gemma_deploy.tokenizer.chat_guard import guarded_pieces
 from gemma_deploy.tokenizer.chat_template import ChatTemplate
@@ -198,7 +199,9 @@ class GemmaTokenizer:
             TokenizerError: As `encode`; or padding is needed and there is no `<pad>`.
         """
         if padding_side not in {"left", "right"}:
-            raise TokenizerError(f'padding_side is {padding_side!r}; expected "left" or "right".')
+            raise TokenizerError(
+                f'padding_side is {shortened(padding_side)}; expected "left" or "right".'
+            )
         rows = [
             self.encode(text, add_bos=add_bos, add_eos=add_eos, allow_special=allow_special)
             for text in texts

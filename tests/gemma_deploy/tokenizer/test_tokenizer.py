@@ -2,6 +2,8 @@ import copy
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,25 @@ def test_saved_again_adds_bos_or_not_as_before(
     again = GemmaTokenizer.from_pretrained(tmp_path / "again")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again.encode("a") == tokenizer.encode("a") == theirs("a")["input_ids"]
+
+
+def test_threads_share_one_tokenizer(folder: Path) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a<eos> b"}]}]
+    expected = GemmaTokenizer.from_pretrained(folder).encode_chat(messages)
+    for _ in range(10):
+        # All meet what is made at first use.
+        tokenizer = GemmaTokenizer.from_pretrained(folder)
+        barrier = threading.Barrier(8)
+
+        def first_use(
+            tokenizer: GemmaTokenizer = tokenizer, barrier: threading.Barrier = barrier
+        ) -> tuple[list[int], int]:
+            barrier.wait()
+            return tokenizer.encode_chat(messages), len(tokenizer.end_of_turn_ids)
+
+        with ThreadPoolExecutor(8) as pool:
+            results = [future.result() for future in [pool.submit(first_use) for _ in range(8)]]
+        assert results == [(expected, 1)] * 8
 
 
 def test_import_is_light() -> None:
