@@ -7,6 +7,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.quoting import shortened_text
 
 MINIMAL_VOCABULARY: Final = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
@@ -54,10 +55,14 @@ def read_backend(folder: Path) -> Tokenizer:
         raise TokenizerError(_missing(folder))
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as err:  # the library raises bare Exception
+        backend.encode("")  # what is missing in a post processor shows only now
+    except BaseException as err:
+        # The library raises bare Exception, and its panics are not even that.
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+            raise
         raise TokenizerError(
-            f"{path} cannot be read as a tokenizer: {err}. Expected the JSON that the tokenizers "
-            "library saves. Download the file again."
+            f"{path} cannot be read as a tokenizer: {shortened_text(str(err), 300)}. Expected the "
+            "JSON that the tokenizers library saves. Download the file again."
         ) from err
     _check_layout(backend, path)
     return backend
@@ -93,9 +98,9 @@ def _check_layout(backend: Tokenizer, path: Path) -> None:
     if not isinstance(backend.model, models.BPE):
         problem = f"its model is {type(backend.model).__name__}"
     elif any(step != _GEMMA_SPACES for step in normalizer):
-        problem = f"its normalizer is {json.dumps(normalizer, ensure_ascii=False)}"
+        problem = f"its normalizer is {_quoted(normalizer)}"
     elif not decoder or any(step not in _GEMMA_DECODER for step in decoder):
-        problem = f"its decoder is {json.dumps(decoder, ensure_ascii=False)}"
+        problem = f"its decoder is {_quoted(decoder)}"
     else:
         return
     raise TokenizerError(
@@ -103,6 +108,10 @@ def _check_layout(backend: Tokenizer, path: Path) -> None:
         "spaces by '▁', and a decoder of Replace, ByteFallback and Fuse. Use the tokenizer.json "
         "that belongs to the Gemma checkpoint."
     )
+
+
+def _quoted(steps: list[dict[str, Any]]) -> str:
+    return shortened_text(json.dumps(steps, ensure_ascii=False), 300)
 
 
 def _steps(component: Any, sequence_key: str) -> list[dict[str, Any]]:

@@ -1,89 +1,200 @@
 """Keeping control tokens that users type apart from those that a chat template writes."""
 
-import json
+import dataclasses
+import re
 from collections import Counter
-from collections.abc import Callable
-from itertools import accumulate
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Final, TypeAlias
 
 from gemma_deploy.errors import TokenizerError
-from gemma_deploy.tokenizer.control_tokens import ControlTokens, split_at
+from gemma_deploy.quoting import shortened_text
+from gemma_deploy.tokenizer.chat_template import ChatTemplate
+from gemma_deploy.tokenizer.control_marks import Rendering
+from gemma_deploy.tokenizer.control_tokens import ControlTokens, normalized, split_at
+from gemma_deploy.tokenizer.conversation import Conversation
 
-Render: TypeAlias = Callable[[list[dict[str, Any]]], str]
+_Render: TypeAlias = Callable[[Conversation], Rendering]
 
-# Where users' text is. Other strings ("type", "role", names) are compared by templates, and are
-# marked only where they spell a control token.
-_TEXT_KEYS = frozenset({"content", "text"})
-_PRIVATE_USE = range(0xE000, 0xF900)
+# What a conversation has whatever the template looks up.
+_KEYS: Final = frozenset({"role", "content", "type", "text"})
+# Values of "type" that templates compare: of tool calls, text parts and JSON schemas.
+_TYPES: Final = frozenset(
+    {"array", "boolean", "function", "integer", "null", "number", "object", "string", "text"}
+)
 
 
 def guarded_pieces(
-    messages: list[dict[str, Any]], render: Render, control_tokens: ControlTokens
+    conversation: Conversation,
+    template: ChatTemplate,
+    control_tokens: ControlTokens,
+    framing: Collection[str],
 ) -> list[str]:
-    """Render messages into pieces of text that are safe to encode one after the other.
+    """Render a conversation into pieces of text that are safe to encode one after the other.
 
-    The pieces joined are the rendered text. It is cut only inside a control token that is, in
-    part at least, not the template's; where there is none, it is one piece.
+    The pieces joined are the rendered text. It is cut only inside control tokens that are, in part
+    at least, a user's; where there are none, it is one piece.
 
-    To tell whose a control token is, the messages are rendered once more with marks in them: a
-    private-use character inside each control token of theirs, and at both ends of each text (its
-    surrounding whitespace stays outside, as templates trim it). A control token with a mark in it
-    is then not the template's.
+    To tell whose a control token is, the template is rendered once more with its own tokens, and
+    those of the assistant's contents, replaced by private-use characters. What is not behind one of
+    them is text, however the template changed a message. Two kinds of templates need more:
+
+    - Some put tokens together from parts (`'<|' ~ message.role ~ '|>'`). They do so around neutral
+      messages too, in which private-use characters stand for all that users wrote.
+    - Some look into their own tokens (their length, where they begin), so that the marks change the
+      text. Then all that the template writes around neutral messages is taken as its own.
 
     Args:
-        messages: As `plain_messages` returns them.
-        render: Messages to text.
-        control_tokens: What only the template may write.
+        conversation: Its contents as the template reads them.
+        template: What renders it.
+        control_tokens: What only the template and the assistant may write.
+        framing: Those that the assistant may not write either, as they end or begin a turn: no
+            answer holds them, but one that repeats a user's words can.
 
     Raises:
-        TokenizerError: The template fails; or it looks into contents, so that marks change what it
-            renders, while a content spells a control token.
+        TokenizerError: The template fails; or the text holds control tokens of which the template
+            does not let tell whether they are its own.
     """
-    plain = render(messages)
-    mark = _unused_character(json.dumps(messages, ensure_ascii=False) + plain)
-    marked = render([_marked(message, mark, control_tokens) for message in messages]).split(mark)
-    of_plain = control_tokens.matches(plain)
-    of_template = [token for piece in marked for token in control_tokens.matches(piece)]
-    if of_plain == of_template:
+    plain = template.render(conversation)
+    if not control_tokens.found(plain):
         return [plain]
-    if "".join(marked) != plain:
-        foreign = ", ".join((Counter(of_plain) - Counter(of_template)) or of_plain)
-        raise TokenizerError(
-            f"A message contains a control token (one of: {foreign}), and the checkpoint's chat "
-            "template looks into contents, so the token cannot be kept as plain text. Remove it "
-            "from the message."
-        )
-    inside = {at for start, end in control_tokens.spans(plain) for at in range(start + 1, end)}
-    marks = accumulate(len(piece) for piece in marked[:-1])
-    return split_at(plain, [at for at in marks if at in inside])
+    *renders, filler = _renders(conversation, template, framing, set(plain))
+    # Without marks the text is the plain one, so there always is one of the two.
+    render, real = next(
+        (render, real)
+        for render in renders
+        if (real := _rendering_or_none(render, conversation)) is not None and real.text == plain
+    )
+    if not any(_cuts(real, control_tokens)):
+        return [plain]
+    masking = _Masking(filler, template.names, control_tokens, framing)
+    neutral = _rendering_or_none(render, masking.masked(conversation))
+    if neutral is None:
+        raise _undecided(control_tokens.found(plain))
+    composed = sorted(set(control_tokens.matches(neutral.text)) - set(neutral.own))
+    if not composed or _is_aligned(real, neutral, filler):
+        own = [*real.own, *composed]
+        return split_at(plain, sorted(set(_cuts(Rendering(plain, own), control_tokens))))
+    found, expected = control_tokens.found(plain), control_tokens.found(neutral.text)
+    if found == expected and masking.spelled.isdisjoint(found):
+        return [plain]
+    raise _undecided([*(Counter(found) - Counter(expected))] or sorted(masking.spelled))
 
 
-def _unused_character(text: str) -> str:
-    used = set(text)
-    for code in _PRIVATE_USE:
-        if chr(code) not in used:
-            return chr(code)
-    raise TokenizerError(
-        "The messages use every private-use character from U+E000 to U+F8FF; expected text that "
-        "leaves at least one of them out. Remove some."
+def _renders(
+    conversation: Conversation, template: ChatTemplate, framing: Collection[str], used: set[str]
+) -> tuple[_Render, _Render, str]:
+    """Return what renders with marks and what renders without, and a character that is not used."""
+    marks, render_marked = template.marked(conversation.characters() | used)
+
+    def with_marks(conversation: Conversation) -> Rendering:
+        marked = conversation.with_answers(lambda text: marks.marked(text, framing))
+        return marks.restored(render_marked(marked))
+
+    def without_marks(conversation: Conversation) -> Rendering:
+        return Rendering(template.render(conversation), [])
+
+    return with_marks, without_marks, marks.unused()
+
+
+def _rendering_or_none(render: _Render, conversation: Conversation) -> Rendering | None:
+    try:
+        return render(conversation)
+    except TokenizerError:
+        return None
+
+
+def _cuts(rendering: Rendering, control_tokens: ControlTokens) -> Iterator[int]:
+    """Yield where to cut a text so that encoding finds no control tokens but its own ones."""
+    own_end = {at: end for start, end in rendering.own for at in range(start, end)}
+    for start, end in control_tokens.spans(rendering.text):
+        if start not in own_end:
+            yield start + 1
+        elif end > own_end[start]:
+            yield own_end[start]
+
+
+def _is_aligned(real: Rendering, neutral: Rendering, filler: str) -> bool:
+    """Whether two texts differ in nothing but what users wrote."""
+    return (
+        real.own == neutral.own
+        and len(real.text) == len(neutral.text)
+        and all(b in {a, filler} for a, b in zip(real.text, neutral.text, strict=True))
     )
 
 
-def _marked(value: Any, mark: str, control_tokens: ControlTokens, *, is_text: bool = False) -> Any:
-    """Return a copy of a message, or of what is in one, with marks."""
-    if isinstance(value, str):
-        cuts = set(control_tokens.cuts(value))
-        if is_text and (core := value.strip()):
-            start = value.index(core)
-            cuts |= {start, start + len(core)}
-        return mark.join(split_at(value, sorted(cuts)))
-    if isinstance(value, list):
-        return [_marked(item, mark, control_tokens, is_text=is_text) for item in value]
-    if isinstance(value, dict):
+def _undecided(tokens: list[str]) -> TokenizerError:
+    found = shortened_text(", ".join(dict.fromkeys(tokens)), 200)
+    return TokenizerError(
+        f"The conversation's text holds control tokens ({found}), and the checkpoint's chat template "
+        "changes what it is given in a way that does not let tell them from its own; expected "
+        "messages that spell no control tokens, in part or in whole. Remove them from the messages."
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Masking:
+    """Puts a filler in place of all that users wrote, character by character.
+
+    What stays: whitespace, which templates trim and split at; roles and types, which are of a few
+    kinds; keys that the template spells; control tokens that the assistant may write.
+
+    Attributes:
+        filler: A character that occurs nowhere else.
+        names: The strings that the template spells.
+        control_tokens: What users may not write.
+        framing: What the assistant may not write either.
+        spelled: The control tokens that were masked so far.
+    """
+
+    filler: str
+    names: Collection[str]
+    control_tokens: ControlTokens
+    framing: Collection[str]
+    spelled: set[str] = dataclasses.field(default_factory=set)
+
+    def masked(self, conversation: Conversation) -> Conversation:
+        """Return a neutral copy of a conversation."""
+        return dataclasses.replace(
+            conversation,
+            messages=[self._message(message) for message in conversation.messages],
+            tools=self._value(conversation.tools, self._hidden),
+        )
+
+    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
+        answer = self._answer if message["role"] == "assistant" else self._hidden
         return {
-            _marked(key, mark, control_tokens): _marked(
-                item, mark, control_tokens, is_text=key in _TEXT_KEYS
-            )
-            for key, item in value.items()
+            self._key(key): value
+            if key == "role"
+            else self._value(value, answer if key == "content" else self._hidden)
+            for key, value in message.items()
         }
-    return value
+
+    def _value(self, value: Any, change: Callable[[str], str]) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, list):
+            return [self._value(item, change) for item in value]
+        if isinstance(value, dict):
+            return {
+                self._key(key): item
+                if key == "type" and isinstance(item, str) and item in _TYPES
+                else self._value(item, change if key == "text" else self._hidden)
+                for key, item in value.items()
+            }
+        return value
+
+    def _key(self, key: str) -> str:
+        return key if key in _KEYS or key in self.names else self._hidden(key)
+
+    def _hidden(self, text: str) -> str:
+        self.spelled.update(self.control_tokens.found(text))
+        return re.sub(r"\S", self.filler, text)
+
+    def _answer(self, text: str) -> str:
+        pieces = []
+        position = 0
+        for start, end in self.control_tokens.matches(text):
+            if normalized(text[start:end]) not in self.framing:
+                pieces += [self._hidden(text[position:start]), text[start:end]]
+                position = end
+        return "".join([*pieces, self._hidden(text[position:])])

@@ -38,7 +38,7 @@ class ControlTokens:
     """
 
     def __init__(self, contents: Iterable[str]) -> None:
-        self._contents = frozenset(_normalize(content) for content in contents if len(content) > 1)
+        self._contents = frozenset(normalized(content) for content in contents if len(content) > 1)
         lengths: defaultdict[str, set[int]] = defaultdict(set)
         for content in self._contents:
             lengths[content[0]].add(len(content))
@@ -52,27 +52,30 @@ class ControlTokens:
         Spans may overlap. The time taken does not depend on the number of control tokens (Gemma 3
         has over 6,000), only on the text and on how many different lengths they have.
         """
-        text = _normalize(text)
+        text = normalized(text)
         for match in self._first.finditer(text):
             start = match.start()
             for length in self._lengths[match[0]]:
-                if text[start : start + length] in self._contents:
-                    yield start, start + length
+                token = text[start : start + length]  # shorter at the end of the text
+                if token in self._contents:
+                    yield start, start + len(token)
                     break
 
     def cuts(self, text: str) -> list[int]:
         """Return the positions, ascending, at which to cut so that no piece holds a control token."""
         return [start + 1 for start, _ in self.spans(text)]
 
-    def matches(self, text: str) -> list[str]:
-        """Return the control tokens that encoding `text` would find: leftmost, longest, disjoint."""
-        found: list[str] = []
+    def matches(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what encoding `text` would find: leftmost, longest, disjoint."""
         position = 0
         for start, end in self.spans(text):
             if start >= position:
-                found.append(_normalize(text[start:end]))
+                yield start, end
                 position = end
-        return found
+
+    def found(self, text: str) -> list[str]:
+        """Return the control tokens that encoding `text` would find, spaces as U+2581."""
+        return [normalized(text[start:end]) for start, end in self.matches(text)]
 
 
 def split_at(text: str, cuts: Iterable[int]) -> list[str]:
@@ -81,5 +84,6 @@ def split_at(text: str, cuts: Iterable[int]) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def _normalize(text: str) -> str:
+def normalized(text: str) -> str:
+    """Return text as Gemma's normalizer makes it: U+2581 for spaces."""
     return text.replace(" ", "▁")

@@ -1,12 +1,13 @@
 """What tokenizer_config.json and its companions say."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.quoting import shortened
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -26,17 +27,17 @@ _ROLES: Final = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token
 class TokenizerSettings:
     """Settings of a tokenizer that tokenizer.json does not hold.
 
+    `add_bos_token` and `add_eos_token` are not among them: they are for training, and transformers
+    goes by the post processor in tokenizer.json too.
+
     Attributes:
         named_tokens: The tokens that have a role, by its name: "bos_token", "eos_token", ...
         extra_special_tokens: Tokens that are special beyond the named ones.
-        add_bos, add_eos: Whether encoding adds the token; None where the files do not say.
         chat_template: Jinja source; None where there is none.
     """
 
     named_tokens: Mapping[str, str] = field(default_factory=dict)
     extra_special_tokens: tuple[str, ...] = ()
-    add_bos: bool | None = None
-    add_eos: bool | None = None
     chat_template: str | None = None
 
     @classmethod
@@ -57,8 +58,6 @@ class TokenizerSettings:
         return cls(
             named_tokens=named,
             extra_special_tokens=_extra_special_tokens(values, path),
-            add_bos=_flag(values, "add_bos_token", path),
-            add_eos=_flag(values, "add_eos_token", path),
             chat_template=_read_chat_template(folder, values, path),
         )
 
@@ -74,10 +73,6 @@ class TokenizerSettings:
             "extra_special_tokens": list(self.extra_special_tokens),
             "clean_up_tokenization_spaces": False,
         }
-        if self.add_bos is not None:
-            values["add_bos_token"] = self.add_bos
-        if self.add_eos is not None:
-            values["add_eos_token"] = self.add_eos
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         template = folder / "chat_template.jinja"
@@ -106,7 +101,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(_read_text(path))
-    except json.JSONDecodeError as err:
+    except (ValueError, RecursionError) as err:  # also numbers of too many digits
         raise TokenizerError(f"{path} is not valid JSON: {err}. Download the file again.") from err
     if not isinstance(values, dict):
         raise TokenizerError(
@@ -120,9 +115,21 @@ def _content(value: object, key: str, path: Path) -> str:
     content = value.get("content") if isinstance(value, Mapping) else value
     if not isinstance(content, str):
         raise TokenizerError(
-            f'{path}: "{key}" is {value!r}; expected a string, or an object with "content".'
+            f'{path}: "{key}" is {shortened(value)}; expected a string, or an object with "content".'
         )
-    return content
+    return _checked_text(content, key, path)
+
+
+def _checked_text(text: str, key: str, path: Path) -> str:
+    """Return a text if it is valid Unicode: JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise TokenizerError(
+            f'{path}: "{key}" holds a lone surrogate, {shortened(text[err.start])}; expected valid '
+            "Unicode. Download the file again."
+        ) from err
+    return text
 
 
 def _extra_special_tokens(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
@@ -131,17 +138,12 @@ def _extra_special_tokens(values: Mapping[str, Any], path: Path) -> tuple[str, .
         listed = values.get(key) or []
         # transformers 5 also writes {name: token}.
         items = listed.values() if isinstance(listed, Mapping) else listed
-        if isinstance(items, str):
-            raise TokenizerError(f'{path}: "{key}" is {listed!r}; expected a list of tokens.')
+        if isinstance(items, str) or not isinstance(items, Iterable):
+            raise TokenizerError(
+                f'{path}: "{key}" is {shortened(listed)}; expected a list of tokens.'
+            )
         tokens += [_content(item, key, path) for item in items]
     return tuple(dict.fromkeys(tokens))
-
-
-def _flag(values: Mapping[str, Any], key: str, path: Path) -> bool | None:
-    value = values.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise TokenizerError(f'{path}: "{key}" is {value!r}; expected true or false.')
-    return value
 
 
 def _read_chat_template(folder: Path, values: Mapping[str, Any], path: Path) -> str | None:
@@ -154,18 +156,18 @@ def _read_chat_template(folder: Path, values: Mapping[str, Any], path: Path) -> 
         path = folder / "chat_template.json"
         template = _read_json(path).get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        template = {entry.get("name"): entry.get("template") for entry in template}
+        template = {str(entry.get("name")): entry.get("template") for entry in template}
     if isinstance(template, dict):
-        names = sorted(map(str, template))
+        names = sorted(template)
         template = template.get("default")
         if template is None:
             raise TokenizerError(
-                f'{path}: "chat_template" has templates named {names}; expected one named '
-                '"default". Save the one to use as chat_template.jinja beside it.'
+                f'{path}: "chat_template" has templates named {shortened(names)}; expected one '
+                'named "default". Save the one to use as chat_template.jinja beside it.'
             )
     if template is not None and not isinstance(template, str):
         raise TokenizerError(
             f'{path}: "chat_template" is a {type(template).__name__}; expected a string or a list '
             'of {"name": ..., "template": ...}.'
         )
-    return template
+    return None if template is None else _checked_text(template, "chat_template", path)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -11,12 +12,16 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.tokenizer.backend import minimal_backend, read_backend
 from gemma_deploy.tokenizer.chat_guard import guarded_pieces
-from gemma_deploy.tokenizer.chat_template import ChatTemplate, plain_messages
+from gemma_deploy.tokenizer.chat_template import ChatTemplate
+from gemma_deploy.tokenizer.content_forms import contents_as_read
 from gemma_deploy.tokenizer.control_tokens import split_at
+from gemma_deploy.tokenizer.conversation import Conversation
 from gemma_deploy.tokenizer.settings import TokenizerSettings, tokenizer_files
 from gemma_deploy.tokenizer.streaming import StreamingDetokenizer
+from gemma_deploy.tokenizer.turn_tokens import TurnTokens, find_turn_tokens
 from gemma_deploy.tokenizer.vocabulary import TURN_TOKENS, Vocabulary
 
 
@@ -54,24 +59,27 @@ class GemmaTokenizer:
     ) -> None:
         if backend is None:
             backend = minimal_backend()
-            settings = settings or TokenizerSettings(
-                named_tokens={"mask_token": "<mask>"}, add_bos=False
-            )
+            settings = settings or TokenizerSettings(named_tokens={"mask_token": "<mask>"})
         settings = settings or TokenizerSettings()
         self._backend = backend
         self._settings = settings
         backend.no_padding()
         backend.no_truncation()
         self._vocabulary = Vocabulary(backend, settings)
-        self._chat_template = ChatTemplate(settings.chat_template, self._vocabulary.named_tokens)
+        self._chat_template = ChatTemplate(
+            settings.chat_template,
+            self._vocabulary.named_tokens,
+            self._vocabulary.control_tokens,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "GemmaTokenizer":
         """Read the tokenizer of a checkpoint or bundle folder.
 
-        `<bos>` is added as `add_bos_token` in tokenizer_config.json says; where it does not say, as
-        the post processor in tokenizer.json does; and where there is none, it is added, since Gemma
-        was trained with it.
+        As in transformers, `<bos>` comes in front of a text if the post processor in tokenizer.json
+        puts it there; `add_bos_token` in tokenizer_config.json says nothing. `<eos>` is never put
+        behind a text unasked, whatever the files say: it is for training rows, and behind it a
+        model starts anew instead of going on.
 
         Raises:
             TokenizerError: There is no tokenizer.json, a file cannot be read, or it is not Gemma's.
@@ -91,12 +99,7 @@ class GemmaTokenizer:
             TokenizerError: The folder cannot be written.
         """
         folder = Path(folder)
-        settings = dataclasses.replace(
-            self._settings,
-            named_tokens=self._vocabulary.named_tokens,
-            add_bos=self._vocabulary.adds_bos,
-            add_eos=self._vocabulary.adds_eos,
-        )
+        settings = dataclasses.replace(self._settings, named_tokens=self._vocabulary.named_tokens)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             settings.write(folder)
@@ -143,7 +146,7 @@ class GemmaTokenizer:
         text: str,
         *,
         add_bos: bool | None = None,
-        add_eos: bool | None = None,
+        add_eos: bool = False,
         allow_special: bool = True,
     ) -> list[int]:
         """Return the token ids of a text.
@@ -152,7 +155,7 @@ class GemmaTokenizer:
             text: Any text, also none.
             add_bos: Whether `<bos>` comes first (once: not if the text itself starts with it);
                 None as the checkpoint's tokenizer does it.
-            add_eos: The same for `<eos>` at the end.
+            add_eos: Whether `<eos>` comes last (once), as training rows have it.
             allow_special: Whether control tokens spelled in the text (`<end_of_turn>`) become their
                 ids. False is for text of users: it is then encoded like any other characters.
                 Added tokens that are text (runs of newlines, HTML tags) are found either way.
@@ -168,7 +171,7 @@ class GemmaTokenizer:
             bos = self._vocabulary.required_id("bos_token")
             if ids[:1] != [bos]:
                 ids.insert(0, bos)
-        if self._vocabulary.adds_eos if add_eos is None else add_eos:
+        if add_eos:
             eos = self._vocabulary.required_id("eos_token")
             if ids[-1:] != [eos]:
                 ids.append(eos)
@@ -180,7 +183,7 @@ class GemmaTokenizer:
         *,
         padding_side: Literal["left", "right"] = "right",
         add_bos: bool | None = None,
-        add_eos: bool | None = None,
+        add_eos: bool = False,
         allow_special: bool = True,
     ) -> BatchEncoding:
         """Encode texts and pad them with `<pad>` to the longest one's length.
@@ -196,7 +199,9 @@ class GemmaTokenizer:
             TokenizerError: As `encode`; or padding is needed and there is no `<pad>`.
         """
         if padding_side not in {"left", "right"}:
-            raise TokenizerError(f'padding_side is {padding_side!r}; expected "left" or "right".')
+            raise TokenizerError(
+                f'padding_side is {shortened(padding_side)}; expected "left" or "right".'
+            )
         rows = [
             self.encode(text, add_bos=add_bos, add_eos=add_eos, allow_special=allow_special)
             for text in texts
@@ -231,7 +236,12 @@ class GemmaTokenizer:
         )
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """Return a conversation as text.
 
@@ -240,53 +250,116 @@ class GemmaTokenizer:
 
         Args:
             messages: `{"role": ..., "content": ...}` each, the content a string or a list of
-                `{"type": "text", "text": ...}`. Without a template of the checkpoint's own, roles
-                alternate between "user" and "assistant" (or "model"), and a "system" message may
-                come first: it is put before the first user message's text, as Gemma 3 does.
+                `{"type": "text", "text": ...}`, which becomes one text (nothing is put between the
+                parts) for templates that expect strings. A content of None is left out, as in
+                transformers. What else is in a message (`tool_calls`, `name`) is for the template.
+                Without a template of the checkpoint's own, roles alternate between "user" and
+                "assistant" (or "model"), and a "system" message may come first: it is put before
+                the first user message's text, as Gemma 3 does.
+            tools: JSON schemas of the functions that the model may call, as the template's `tools`.
+                What a template does not use has no effect.
             add_generation_prompt: Whether the text ends with the opening of the model's turn.
+            continue_final_message: Whether the text ends with the last message, which is the
+                assistant's, so that the model goes on with it. `add_generation_prompt` then has no
+                effect.
 
         Raises:
-            TokenizerError: Messages are malformed, or the template fails or refuses them.
+            TokenizerError: Messages or tools are malformed, or hold what is not text (images), or
+                the template fails or refuses them.
         """
         return self._chat_template.render(
-            plain_messages(messages), add_generation_prompt=add_generation_prompt
+            self._conversation(messages, tools, add_generation_prompt, continue_final_message)
         )
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the token ids of a conversation, with exactly one `<bos>`, in front.
 
-        Control tokens that a message spells (`<end_of_turn>`) stay plain text; where none does, the
+        Control tokens that messages or tools spell (`<end_of_turn>`) stay plain text, also where
+        the template changes them first (puts them in lower case, joins them from parts). Only those
+        in the assistant's contents stay tokens, as the model writes some of them itself
+        (`<start_function_call>`), except those that open or close a text or a turn: no answer has
+        them, but one that repeats a user's words can. Where there is nothing to keep as text, the
         ids are those of `apply_chat_template`'s text encoded in one go.
 
         Args:
             messages: As for `apply_chat_template`.
+            tools: As for `apply_chat_template`.
             add_generation_prompt: As for `apply_chat_template`.
+            continue_final_message: As for `apply_chat_template`.
 
         Raises:
-            TokenizerError: As `apply_chat_template`; or a message spells a control token and the
-                template looks into contents; or there is no template and no turn tokens either.
+            TokenizerError: As `apply_chat_template`; or the text holds control tokens, and the
+                template changes what it is given in a way that does not let tell whose they are; or
+                there is no template and no turn tokens either.
         """
-        missing = [token for token in TURN_TOKENS if not self._vocabulary.has(token)]
-        if self._chat_template.is_default and missing:
+        missing = self._missing_turn_tokens
+        if missing:
             raise TokenizerError(
                 f"The vocabulary has no {' and no '.join(missing)}, and the checkpoint brings no "
                 "chat template; expected the tokenizer of an instruction-tuned Gemma. Use one, or "
                 "give plain prompts instead of a chat."
             )
         pieces = guarded_pieces(
-            plain_messages(messages),
-            lambda plain: self._chat_template.render(
-                plain, add_generation_prompt=add_generation_prompt
-            ),
+            self._conversation(messages, tools, add_generation_prompt, continue_final_message),
+            self._chat_template,
             self._vocabulary.control_tokens,
+            self._turn_tokens.framing | self._vocabulary.framing_tokens,
         )
         ids = self._encode_pieces(pieces)
         bos = self.bos_token_id
         if bos is None:
             return ids
         return [bos, *itertools.dropwhile(lambda token_id: token_id == bos, ids)]
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint brings a chat template of its own."""
+        return not self._chat_template.is_default
+
+    @property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """Ids of the control tokens that the chat template writes right behind an answer.
+
+        `<end_of_turn>` for Gemma's templates, `<|im_end|>` for ChatML. None where the template
+        writes text there, or there is no template and the vocabulary has no turn tokens.
+        """
+        if self._missing_turn_tokens:
+            return frozenset()
+        ids = map(self.token_to_id, self._turn_tokens.ending)
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    @property
+    def _missing_turn_tokens(self) -> list[str]:
+        """The turn tokens that Gemma's own chat template would write, and that are no tokens."""
+        if self.has_chat_template:
+            return []
+        return [token for token in TURN_TOKENS if not self._vocabulary.has(token)]
+
+    @cached_property
+    def _turn_tokens(self) -> TurnTokens:
+        return find_turn_tokens(self._chat_template, self._vocabulary.control_tokens)
+
+    def _conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> Conversation:
+        conversation = Conversation.of(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return contents_as_read(conversation, self._chat_template.render)
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
         try:

@@ -1,5 +1,6 @@
 """The tokens of a tokenizer, and what each is for."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Final, SupportsIndex
 
@@ -7,7 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from gemma_deploy.errors import TokenizerError
-from gemma_deploy.tokenizer.control_tokens import ControlTokens, reads_as_control
+from gemma_deploy.quoting import shortened
+from gemma_deploy.tokenizer.control_tokens import ControlTokens, normalized, reads_as_control
 from gemma_deploy.tokenizer.settings import TokenizerSettings
 
 TURN_TOKENS: Final = ("<start_of_turn>", "<end_of_turn>")
@@ -19,6 +21,7 @@ _GEMMA_NAMES: Final = {
     "pad_token": "<pad>",
     "unk_token": "<unk>",
 }
+_END_ROLES: Final = ("bos_token", "eos_token", "pad_token")
 _BYTE_TOKENS: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -28,13 +31,15 @@ class Vocabulary:
     Attributes:
         named_tokens: The tokens that have a role, by its name.
         bos_token_id, eos_token_id, pad_token_id: None where no token has the role.
-        adds_bos, adds_eos: Whether encoding adds the token unless told otherwise.
+        adds_bos: Whether encoding puts `<bos>` in front unless told otherwise: as the backend's post
+            processor did.
         special_ids: The ids that decoding leaves out when it skips special tokens.
+        framing_tokens: The control tokens that open or close a text or one of Gemma's turns.
         control_tokens: What text must not turn into unless it may control the model.
 
     Args:
         backend: Changed: tokens that only the settings call special become so, and the post
-            processor becomes what the settings say.
+            processor adds `<bos>` if it did so before, and nothing else.
         settings: What the backend does not hold.
 
     Raises:
@@ -53,10 +58,12 @@ class Vocabulary:
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         self.pad_token_id = self._named_id("pad_token")
-        self.adds_bos = self._adds(settings.add_bos, self.bos_token_id, default=True)
-        self.adds_eos = self._adds(settings.add_eos, self.eos_token_id, default=False)
+        self.adds_bos = self.bos_token_id in backend.encode("").ids[:1]
         backend.post_processor = self._post_processor()
 
+        # Gemma 3's files name <end_of_turn> as "eos_token", and do not name <eos>.
+        ends = [(_GEMMA_NAMES[role], self.named_tokens.get(role, "")) for role in _END_ROLES]
+        self.framing_tokens = frozenset(map(normalized, itertools.chain(TURN_TOKENS, *ends)))
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         control = [t.content for t in added.values() if t.special or reads_as_control(t.content)]
@@ -108,29 +115,16 @@ class Vocabulary:
         token_id = self._backend.token_to_id(name)
         if token_id is None:
             raise TokenizerError(
-                f'tokenizer_config.json names {name!r} as "{role}", but the vocabulary does not '
+                f'tokenizer_config.json names {shortened(name)} as "{role}", but the vocabulary does not '
                 "have it; expected a token of tokenizer.json. Take both files from one checkpoint."
             )
         return token_id
 
-    def _adds(self, setting: bool | None, token_id: int | None, *, default: bool) -> bool:
-        if token_id is None:
-            return False
-        if setting is not None:
-            return setting
-        if self._backend.post_processor is None:
-            return default
-        return token_id in self._backend.encode("").ids
-
     def _post_processor(self) -> TemplateProcessing:
         """Return what makes other readers of a saved tokenizer.json add the same tokens."""
-        before = [self.named_tokens["bos_token"]] if self.adds_bos else []
-        after = [self.named_tokens["eos_token"]] if self.adds_eos else []
+        names = [self.named_tokens["bos_token"]] if self.adds_bos else []
         return TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1"]
-            + [f"{name}:1" for name in after],
-            special_tokens=[
-                (name, self._backend.token_to_id(name)) for name in dict.fromkeys(before + after)
-            ],
+            single=[*names, "$A"],
+            pair=[*names, "$A", *(f"{name}:1" for name in names), "$B:1"],
+            special_tokens=[(name, self._backend.token_to_id(name)) for name in names],
         )

@@ -150,7 +150,7 @@ def bundle(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def _write_tokenizer(folder: Path) -> None:
     """Train a byte-fallback BPE in Gemma's layout on the words of a licence."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
@@ -164,6 +164,11 @@ def _write_tokenizer(folder: Path) -> None:
     )
     licence = Path(__file__).parents[2] / "LICENSE"
     tokenizer.train_from_iterator(licence.read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A",
+        pair="<bos> $A <bos>:1 $B:1",
+        special_tokens=[("<bos>", SPECIAL_TOKENS.index("<bos>"))],
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "GemmaTokenizer",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gemma_deploy.tokenizer import GemmaTokenizer
@@ -59,6 +59,9 @@ def trained() -> dict[str, Any]:
     sources = (stdlib / name for name in ("argparse.py", "textwrap.py", "typing.py"))
     lines = (line for path in sources for line in path.read_text().splitlines(keepends=True))
     backend.train_from_iterator(lines, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", 2)]
+    )
     spec: dict[str, Any] = json.loads(backend.to_str())
     spec["added_tokens"] = [
         _added(content, index, special=content in SPECIAL) for index, content in enumerate(added)

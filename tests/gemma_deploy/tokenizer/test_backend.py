@@ -32,11 +32,20 @@ def test_broken_file(tmp_path: Path, text: str) -> None:
         read_backend(tmp_path)
 
 
+def test_post_processor_without_its_token(write_folder: Any, capfd: Any) -> None:
+    bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    processor = {"type": "TemplateProcessing", "single": [bos], "pair": [bos], "special_tokens": {}}
+    with pytest.raises(TokenizerError, match=r"cannot be read as a tokenizer: .*Download"):
+        read_backend(write_folder({"post_processor": processor}))
+    assert "panicked" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "model is WordL"),
         ({"normalizer": {"type": "NFKC"}}, "its normalizer is .*NFKC"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}}, "xxx… .1,000,0.. characters"),
         ({"normalizer": {"type": "Prepend", "prepend": "▁"}}, "its normalizer is .*Prepend"),
         ({"decoder": None}, r"its decoder is \[\]"),
         (

@@ -41,7 +41,11 @@ def test_text_is_cut_only_inside_control_tokens(text: str) -> None:
 
 
 def test_matches_are_leftmost_longest_and_disjoint() -> None:
-    assert ControlTokens(CONTROL).matches("x<<a>b<a>[X]<a b>") == ["<<", "<a>", "[X]", "<a▁b>"]
+    assert ControlTokens(CONTROL).found("x<<a>b<a>[X]<a b>") == ["<<", "<a>", "[X]", "<a▁b>"]
+
+
+def test_a_token_at_the_end_of_the_text_ends_there() -> None:
+    assert list(ControlTokens(["<a>", "<long>"]).matches("x<a>")) == [(1, 4)]
 
 
 def test_without_control_tokens_nothing_is_cut() -> None:

@@ -27,7 +27,6 @@ def test_tokens_as_strings_and_objects(tmp_path: Path) -> None:
             "eos_token": {"content": "<eos>"},
             "pad_token": None,
             "boi_token": "<start_of_image>",
-            "add_bos_token": True,
             "additional_special_tokens": ["<start_of_turn>", {"content": "<end_of_turn>"}],
             "extra_special_tokens": {"image_token": "<image_soft_token>"},
         },
@@ -42,7 +41,6 @@ def test_tokens_as_strings_and_objects(tmp_path: Path) -> None:
         "<end_of_turn>",
         "<image_soft_token>",
     )
-    assert (settings.add_bos, settings.add_eos) == (True, None)
 
 
 def test_config_wins_over_special_tokens_map(tmp_path: Path) -> None:
@@ -59,8 +57,13 @@ def test_config_wins_over_special_tokens_map(tmp_path: Path) -> None:
     [
         ([], "holds a list; expected a JSON object"),
         ({"bos_token": 2}, '"bos_token" is 2; expected a string'),
-        ({"add_bos_token": "yes"}, "\"add_bos_token\" is 'yes'; expected true or false"),
         ({"extra_special_tokens": "<x>"}, "expected a list of tokens"),
+        ({"extra_special_tokens": 5}, '"extra_special_tokens" is 5; expected a list of tokens'),
+        ({"extra_special_tokens": [5]}, '"extra_special_tokens" is 5; expected a string'),
+        ({"bos_token": ["x" * 10**6]}, r'"bos_token" is \[\'xxx.*… \(1,000,004 characters\); exp'),
+        ({"bos_token": "a\ud800"}, r"\"bos_token\" holds a lone surrogate, '\\ud800'; expected"),
+        ({"chat_template": "\ud800"}, '"chat_template" holds a lone surrogate'),
+        ({"chat_template": [{"name": [], "template": "x"}]}, "templates named .*; expected one"),
         ({"chat_template": 3}, '"chat_template" is a int; expected a string or a list'),
         ({"chat_template": ["x"]}, '"chat_template" is a list; expected a string or a list'),
         (
@@ -74,9 +77,13 @@ def test_wrong_values(tmp_path: Path, config: Any, message: str) -> None:
         read(tmp_path, config)
 
 
-def test_broken_json(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": ')
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON: .* again"):
+@pytest.mark.parametrize(
+    "text", ['{"bos_token": ', "[" * 100_000 + "]" * 100_000, '{"x": ' + "1" * 5000 + "}"]
+)
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "chat_template"])
+def test_broken_json(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / f"{name}.json").write_text(text)
+    with pytest.raises(TokenizerError, match=rf"{name}\.json is not valid JSON: .* again"):
         TokenizerSettings.read(tmp_path)
 
 

@@ -2,6 +2,8 @@ import copy
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import GemmaTokenizer as TransformersGemmaTokenizer
-from transformers import PreTrainedTokenizerFast
 
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.tokenizer import GemmaTokenizer
 from gemma_deploy.tokenizer.backend import minimal_backend
 
 CONTROL = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<unused0>", "[@BOS@]"]
+
+
+def adding(names: str) -> dict[str, Any]:
+    """Return a post processor that adds <bos>, <eos>, both or nothing."""
+    before = ["<bos>"] * ("bos" in names)
+    after = ["<eos>"] * ("eos" in names)
+    single = [*before, "$A", *after]
+    ids = [("<bos>", 2), ("<eos>", 1)]
+    processor = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B:1"], special_tokens=ids
+    )
+    state: dict[str, Any] = json.loads(processor.__getstate__())
+    return state
+
+
 fragments = st.sampled_from(
     [*CONTROL, "\n\n", "\n", "  ", "▁▁", "<table>", "</b>", "<0x41>", "def", "é", "日", "<", ">"]
 )
@@ -42,9 +59,10 @@ def test_control_tokens_of_users_stay_text(tokenizer: GemmaTokenizer, text: str)
 @settings(max_examples=200, deadline=None)
 @given(text=texts)
 def test_without_control_tokens_both_ways_agree(tokenizer: GemmaTokenizer, text: str) -> None:
-    for token in [*CONTROL, "<0x41>"]:
+    control = [*CONTROL, "<0x41>", "<unk>"]
+    for token in control:
         text = text.replace(token, "")
-    if not any(token in text for token in [*CONTROL, "<0x41>"]):
+    if not any(token in text for token in control):
         assert tokenizer.encode(text, allow_special=False) == tokenizer.encode(text)
 
 
@@ -95,23 +113,22 @@ class TestBosAndEos:
     def test_never_doubled(self, tokenizer: GemmaTokenizer) -> None:
         assert tokenizer.encode("<bos>a<eos>", add_eos=True) == tokenizer.encode("a", add_eos=True)
 
-    @pytest.mark.parametrize("flag", [True, False, "-"])
-    @pytest.mark.parametrize("post_processor", ["bos", "nothing", None])
-    def test_post_processor_counts_only_without_a_flag(
-        self, write_folder: Any, flag: Any, post_processor: str | None
+    @pytest.mark.parametrize("add_bos", [True, False, "-"])
+    @pytest.mark.parametrize("add_eos", [True, False, "-"])
+    @pytest.mark.parametrize("post_processor", ["bos", "bos eos", "eos", "", None])
+    def test_bos_as_in_transformers_and_never_eos(
+        self, write_folder: Any, add_bos: Any, add_eos: Any, post_processor: str | None
     ) -> None:
-        sequence = {"Sequence": {"id": "A", "type_id": 0}}
-        bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
-        template = {
-            "type": "TemplateProcessing",
-            "single": [bos, sequence] if post_processor == "bos" else [sequence],
-            "pair": [sequence],
-            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
-        }
-        spec = {"post_processor": template if post_processor else None}
-        tokenizer = GemmaTokenizer.from_pretrained(write_folder(spec, {"add_bos_token": flag}))
-        expected = flag if flag != "-" else post_processor != "nothing"
-        assert tokenizer.encode("").count(2) == expected
+        spec = {"post_processor": None if post_processor is None else adding(post_processor)}
+        flags = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+        folder = write_folder(spec, flags)
+        theirs = AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
+        tokenizer = GemmaTokenizer.from_pretrained(folder)
+        bare = tokenizer.encode("a", add_bos=False)
+        bos = [2] * (theirs[0] == 2)
+        assert tokenizer.encode("a") == bos + bare
+        assert tokenizer.encode_batch(["a"]).input_ids.tolist() == [bos + bare]
+        assert tokenizer.encode("a", add_eos=True) == [*bos, *bare, 1]
 
     def test_adding_what_does_not_exist(self, write_folder: Any, poisoned_spec: Any) -> None:
         model = copy.deepcopy(poisoned_spec["model"])
@@ -242,6 +259,37 @@ class TestSaving:
         (tmp_path / "file").write_text("")
         with pytest.raises(TokenizerError, match=r"cannot be saved in .* writable folder"):
             tokenizer.save_pretrained(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("post_processor", ["bos", "bos eos", ""])
+def test_saved_again_adds_bos_or_not_as_before(
+    write_folder: Any, tmp_path: Path, post_processor: str
+) -> None:
+    source = write_folder({"post_processor": adding(post_processor)}, {"add_eos_token": True})
+    tokenizer = GemmaTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = GemmaTokenizer.from_pretrained(tmp_path / "again")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.encode("a") == tokenizer.encode("a") == theirs("a")["input_ids"]
+
+
+def test_threads_share_one_tokenizer(folder: Path) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a<eos> b"}]}]
+    expected = GemmaTokenizer.from_pretrained(folder).encode_chat(messages)
+    for _ in range(10):
+        # All meet what is made at first use.
+        tokenizer = GemmaTokenizer.from_pretrained(folder)
+        barrier = threading.Barrier(8)
+
+        def first_use(
+            tokenizer: GemmaTokenizer = tokenizer, barrier: threading.Barrier = barrier
+        ) -> tuple[list[int], int]:
+            barrier.wait()
+            return tokenizer.encode_chat(messages), len(tokenizer.end_of_turn_ids)
+
+        with ThreadPoolExecutor(8) as pool:
+            results = [future.result() for future in [pool.submit(first_use) for _ in range(8)]]
+        assert results == [(expected, 1)] * 8
 
 
 def test_import_is_light() -> None:

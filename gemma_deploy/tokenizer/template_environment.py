@@ -1,0 +1,122 @@
+"""The Jinja sandbox that chat templates run in, set up as transformers sets up its own."""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+    from jinja2.nodes import Node
+
+
+def environment() -> "Environment":
+    """Return a new sandbox: templates come with checkpoints and are other people's code."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # Chat templates make text for a model, not HTML: nothing is to be escaped.
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        extensions=[loopcontrols, _generation_extension()],
+    )
+    sandbox.filters["tojson"] = _tojson
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = _strftime_now
+    return sandbox
+
+
+def compiled(source: str, change: Callable[[str], str]) -> "Template":
+    """Return a template with `change` applied to every string that it spells.
+
+    Strings that it spells in parts (`'<start_of_' ~ 'turn>'`) are put together before.
+    """
+    from jinja2 import Template
+    from jinja2.optimizer import optimize
+
+    sandbox = environment()
+    tree = sandbox.parse(source)
+    optimize(tree, sandbox)
+    _change_strings(tree, change)
+    return Template.from_code(sandbox, sandbox.compile(tree), sandbox.make_globals(None))
+
+
+def names_in(source: str) -> frozenset[str]:
+    """Return the strings and attributes that a template spells, such as keys that it looks up."""
+    from jinja2 import nodes
+
+    names: set[str] = set()
+
+    def noted(text: str) -> str:
+        names.add(text)
+        return text
+
+    tree = environment().parse(source)
+    _change_strings(tree, noted)
+    return frozenset(names | {node.attr for node in tree.find_all(nodes.Getattr)})
+
+
+def _change_strings(tree: "Node", change: Callable[[str], str]) -> None:
+    from jinja2 import nodes
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, list | tuple):
+            return type(value)(map(changed, value))
+        if isinstance(value, dict):
+            return {changed(key): changed(item) for key, item in value.items()}
+        return value
+
+    for constant in tree.find_all(nodes.Const):
+        constant.value = changed(constant.value)
+    for data in tree.find_all(nodes.TemplateData):
+        data.data = change(data.data)
+
+
+def _generation_extension() -> Any:
+    """Return the extension for `{% generation %}` blocks, which mark what a model wrote.
+
+    They matter to training only; here their body is rendered as if the tags were not there.
+    """
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance attribute
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
+
+
+def _raise_exception(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:  # noqa: A002  templates may pass it by this name
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own `tojson` escapes HTML characters."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
