@@ -27,17 +27,18 @@ _ROLES: Final = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token
 class TokenizerSettings:
     """Settings of a tokenizer that tokenizer.json does not hold.
 
-    `add_bos_token` and `add_eos_token` are not among them: they are for training, and transformers
-    goes by the post processor in tokenizer.json too.
+    `add_eos_token` is not among them: it is for training rows.
 
     Attributes:
         named_tokens: The tokens that have a role, by its name: "bos_token", "eos_token", ...
         extra_special_tokens: Tokens that are special beyond the named ones.
+        add_bos: What `add_bos_token` says; it counts only where tokenizer.json has no post processor.
         chat_template: Jinja source; None where there is none.
     """
 
     named_tokens: Mapping[str, str] = field(default_factory=dict)
     extra_special_tokens: tuple[str, ...] = ()
+    add_bos: bool | None = None
     chat_template: str | None = None
 
     @classmethod
@@ -58,6 +59,7 @@ class TokenizerSettings:
         return cls(
             named_tokens=named,
             extra_special_tokens=_extra_special_tokens(values, path),
+            add_bos=_flag(values, "add_bos_token", path),
             chat_template=_read_chat_template(folder, values, path),
         )
 
@@ -144,6 +146,13 @@ def _extra_special_tokens(values: Mapping[str, Any], path: Path) -> tuple[str, .
             )
         tokens += [_content(item, key, path) for item in items]
     return tuple(dict.fromkeys(tokens))
+
+
+def _flag(values: Mapping[str, Any], key: str, path: Path) -> bool | None:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f'{path}: "{key}" is {shortened(value)}; expected true or false.')
+    return value
 
 
 def _read_chat_template(folder: Path, values: Mapping[str, Any], path: Path) -> str | None:

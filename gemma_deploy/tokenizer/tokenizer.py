@@ -59,7 +59,9 @@ class GemmaTokenizer:
     ) -> None:
         if backend is None:
             backend = minimal_backend()
-            settings = settings or TokenizerSettings(named_tokens={"mask_token": "<mask>"})
+            settings = settings or TokenizerSettings(
+                named_tokens={"mask_token": "<mask>"}, add_bos=False
+            )
         settings = settings or TokenizerSettings()
         self._backend = backend
         self._settings = settings
@@ -76,10 +78,11 @@ class GemmaTokenizer:
     def from_pretrained(cls, folder: str | Path) -> "GemmaTokenizer":
         """Read the tokenizer of a checkpoint or bundle folder.
 
-        As in transformers, `<bos>` comes in front of a text if the post processor in tokenizer.json
-        puts it there; `add_bos_token` in tokenizer_config.json says nothing. `<eos>` is never put
-        behind a text unasked, whatever the files say: it is for training rows, and behind it a
-        model starts anew instead of going on.
+        As in transformers 5, `<bos>` comes in front of a text if the post processor in tokenizer.json
+        puts it there, whatever `add_bos_token` in tokenizer_config.json says. Where there is no post
+        processor, `<bos>` is added unless that flag is false: Gemma was trained with it, and
+        transformers 5 leaves it out there. `<eos>` is never put behind a text unasked, whatever the
+        files say: it is for training rows, and behind it a model starts anew instead of going on.
 
         Raises:
             TokenizerError: There is no tokenizer.json, a file cannot be read, or it is not Gemma's.

@@ -32,14 +32,14 @@ class Vocabulary:
         named_tokens: The tokens that have a role, by its name.
         bos_token_id, eos_token_id, pad_token_id: None where no token has the role.
         adds_bos: Whether encoding puts `<bos>` in front unless told otherwise: as the backend's post
-            processor did.
+            processor did, or without one, unless the settings say that it is not added.
         special_ids: The ids that decoding leaves out when it skips special tokens.
         framing_tokens: The control tokens that open or close a text or one of Gemma's turns.
         control_tokens: What text must not turn into unless it may control the model.
 
     Args:
         backend: Changed: tokens that only the settings call special become so, and the post
-            processor adds `<bos>` if it did so before, and nothing else.
+            processor adds `<bos>` if `adds_bos`, and nothing else.
         settings: What the backend does not hold.
 
     Raises:
@@ -58,7 +58,7 @@ class Vocabulary:
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         self.pad_token_id = self._named_id("pad_token")
-        self.adds_bos = self.bos_token_id in backend.encode("").ids[:1]
+        self.adds_bos = self._adds_bos(settings)
         backend.post_processor = self._post_processor()
 
         # Gemma 3's files name <end_of_turn> as "eos_token", and do not name <eos>.
@@ -119,6 +119,12 @@ class Vocabulary:
                 "have it; expected a token of tokenizer.json. Take both files from one checkpoint."
             )
         return token_id
+
+    def _adds_bos(self, settings: TokenizerSettings) -> bool:
+        if self._backend.post_processor is None:
+            # Gemma was trained with it, and says nothing that makes sense without.
+            return self.bos_token_id is not None and settings.add_bos is not False
+        return self.bos_token_id in self._backend.encode("").ids[:1]
 
     def _post_processor(self) -> TemplateProcessing:
         """Return what makes other readers of a saved tokenizer.json add the same tokens."""

@@ -57,6 +57,7 @@ def test_config_wins_over_special_tokens_map(tmp_path: Path) -> None:
     [
         ([], "holds a list; expected a JSON object"),
         ({"bos_token": 2}, '"bos_token" is 2; expected a string'),
+        ({"add_bos_token": "yes"}, "\"add_bos_token\" is 'yes'; expected true or false"),
         ({"extra_special_tokens": "<x>"}, "expected a list of tokens"),
         ({"extra_special_tokens": 5}, '"extra_special_tokens" is 5; expected a list of tokens'),
         ({"extra_special_tokens": [5]}, '"extra_special_tokens" is 5; expected a string'),

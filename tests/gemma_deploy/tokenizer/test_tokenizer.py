@@ -115,11 +115,11 @@ class TestBosAndEos:
 
     @pytest.mark.parametrize("add_bos", [True, False, "-"])
     @pytest.mark.parametrize("add_eos", [True, False, "-"])
-    @pytest.mark.parametrize("post_processor", ["bos", "bos eos", "eos", "", None])
+    @pytest.mark.parametrize("post_processor", ["bos", "bos eos", "eos", ""])
     def test_bos_as_in_transformers_and_never_eos(
-        self, write_folder: Any, add_bos: Any, add_eos: Any, post_processor: str | None
+        self, write_folder: Any, add_bos: Any, add_eos: Any, post_processor: str
     ) -> None:
-        spec = {"post_processor": None if post_processor is None else adding(post_processor)}
+        spec = {"post_processor": adding(post_processor)}
         flags = {"add_bos_token": add_bos, "add_eos_token": add_eos}
         folder = write_folder(spec, flags)
         theirs = AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
@@ -129,6 +129,14 @@ class TestBosAndEos:
         assert tokenizer.encode("a") == bos + bare
         assert tokenizer.encode_batch(["a"]).input_ids.tolist() == [bos + bare]
         assert tokenizer.encode("a", add_eos=True) == [*bos, *bare, 1]
+
+    @pytest.mark.parametrize("add_bos", [True, False, "-"])
+    def test_without_post_processor_bos_is_added_unless_the_flag_is_false(
+        self, write_folder: Any, add_bos: Any
+    ) -> None:
+        folder = write_folder({"post_processor": None}, {"add_bos_token": add_bos})
+        ids = GemmaTokenizer.from_pretrained(folder).encode("a")
+        assert ids.count(2) == (add_bos is not False)
 
     def test_adding_what_does_not_exist(self, write_folder: Any, poisoned_spec: Any) -> None:
         model = copy.deepcopy(poisoned_spec["model"])
