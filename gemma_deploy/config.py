@@ -193,7 +193,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
             f"{path} not found: expected a folder in Hugging Face layout, with {CONFIG_FILE} "
             "beside the *.safetensors files"
         ) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, expected a JSON object")

@@ -15,6 +15,7 @@ the one that transformers 5 follows:
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
@@ -170,14 +171,20 @@ def _typed(name: str, value: object) -> object:
     if name in _BOOLEANS:
         is_right, expected = isinstance(value, bool), "true or false"
     elif name in _FLOATS:
-        is_right = isinstance(value, int | float) and not isinstance(value, bool)
-        expected = "a number"
+        is_right, expected = _is_number(value), "a finite number"
     else:
         is_right = isinstance(value, int) and not isinstance(value, bool)
         expected = "an integer"
     if not is_right:
         raise ConfigError(f"{name} is {shortened(value)}, expected {expected}: correct config.json")
     return value
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether a value is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _activation(raw: Mapping[str, Any], model_type: ModelType) -> str:
@@ -282,9 +289,9 @@ def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
     rope_type: RopeType = raw.get("rope_type") or raw.get("type") or "default"
     theta, factor = raw["rope_theta"], raw.get("factor", 1.0)
     for name, value in (("rope_theta", theta), ("factor", factor)):
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_number(value):
             raise ConfigError(
-                f"{name} is {shortened(value)}, expected a number: correct config.json"
+                f"{name} is {shortened(value)}, expected a finite number: correct config.json"
             )
     is_linear = rope_type == "linear"
     return RopeParameters(

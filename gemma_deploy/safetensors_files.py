@@ -67,7 +67,7 @@ def _shards(folder: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"{index} cannot be read: {err!r}. Expected JSON with a weight_map of tensor names to "
             "file names; download it again"
@@ -115,7 +115,15 @@ def read_header(file: Path) -> dict[str, Any]:
             entry["data_offsets"] = (begin + 8 + header_bytes, end + 8 + header_bytes)
             entry["shape"] = tuple(int(size) for size in entry["shape"])
             entry["dtype"] = str(entry["dtype"])
-    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as err:
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as err:
         raise CheckpointError(
             f"{file} has an unreadable safetensors header: {err!r}. Download it again"
         ) from err

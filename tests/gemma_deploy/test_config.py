@@ -435,7 +435,7 @@ def test_to_dict_is_read_back_unchanged(raw: dict[str, Any]) -> None:
         ({"hidden_size": "2048"}, "hidden_size is '2048', expected an integer"),
         ({"head_dim": True}, "head_dim is True, expected an integer"),
         ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected a number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', expected a finite number"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) is not a multiple"),
         ({"head_dim": 255}, "head_dim is 255; rotary embedding needs an even number"),
         ({"hidden_act": "silu"}, "hidden_activation is 'silu'"),
@@ -449,8 +449,10 @@ def test_to_dict_is_read_back_unchanged(raw: dict[str, Any]) -> None:
         ({"rope_parameters": [1]}, "rope_parameters is .1., expected a JSON object"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected a JSON object"),
         ({"layer_types": [{}] * 18}, "expected a list of layer types"),
-        ({"rope_theta": "big"}, "rope_theta is 'big', expected a number"),
+        ({"rope_theta": "big"}, "rope_theta is 'big', expected a finite number"),
         ({"rope_theta": 0}, "must be positive"),
+        ({"rope_theta": 10**400}, r"rope_theta is 10{79}… .401 characters., expected a finite"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a finite number"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id is '2', expected an integer"),
         ({"bos_token_id": -2}, "bos_token_id holds -2; token ids start at 0"),
     ],
@@ -465,6 +467,7 @@ def test_refuses_what_it_cannot_be(change: dict[str, Any], message: str) -> None
     [
         (None, "config.json not found: expected a folder in Hugging Face layout"),
         ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ("[1]", "holds list, expected a JSON object"),
     ],
 )
