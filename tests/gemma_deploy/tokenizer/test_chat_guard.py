@@ -313,6 +313,45 @@ def test_an_answer_keeps_its_tokens_where_the_template_splits_at_them(
     assert tokenizer.token_to_id("<unused0>") in expected
 
 
+def test_marks_are_none_of_the_users_characters(write_folder: Any) -> None:
+    template = "{{ bos_token }}{{ messages[0].content | replace('*', '') }}"
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    ids = tokenizer.encode_chat([user("\U000f0000<e*os>")])
+    assert control_ids(tokenizer, ids) == [tokenizer.bos_token_id]
+
+
+def test_an_answers_tokens_are_known_where_the_template_changes_contents(
+    write_folder: Any,
+) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content | replace('*', '') }};{% endfor %}"
+    )
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    chat = [
+        user("a*<eos><unused0>"),
+        {"role": "assistant", "content": "<unused0>b*"},
+        user("<pad>"),
+    ]
+    ids = tokenizer.encode_chat(chat)
+    unused = tokenizer.token_to_id("<unused0>")
+    assert control_ids(tokenizer, ids) == [tokenizer.bos_token_id, unused]
+    assert (
+        ids[ids.index(unused or 0) + 1 :] == tokenizer.encode("b;<pad>;", allow_special=False)[1:]
+    )
+
+
+def test_a_users_words_do_not_lengthen_a_token(write_folder: Any, trained: dict[str, Any]) -> None:
+    text = json.dumps({key: trained[key] for key in ("added_tokens", "model")})
+    spec = json.loads(text.replace("<unused1>", "<unused0>x>"))
+    template = "{{ bos_token }}<unused0>{{ messages[0].content }}"
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(spec, template=template))
+    longer = tokenizer.token_to_id("<unused0>x>")
+    assert longer in tokenizer.encode("<unused0>x>")
+    ids = tokenizer.encode_chat([user("x>")])
+    assert ids[:2] == [tokenizer.bos_token_id, tokenizer.token_to_id("<unused0>")]
+    assert longer not in ids
+
+
 EXPRESSIONS = [
     "m.content",
     "m.content | lower",

@@ -22,6 +22,7 @@ STRINGS = [
     "{% if m.content is string %}{{ m.content }}{% endif %}",
     "{% if m.content is string %}{{ m.content }}{% else %}{{ raise_exception('text!') }}{% endif %}",
     "{% set text = m.content %}{{ text }}",
+    "{{ m.content }}{{ m.content[0].text }}",
     "{% for c in m.content %}{{ c }}{% endfor %}",
 ]
 PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]

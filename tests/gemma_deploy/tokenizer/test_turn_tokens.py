@@ -60,3 +60,10 @@ def test_an_answer_cannot_hold_what_the_template_frames_turns_with(write_folder:
         unused[1],
         unused[0],
     ]
+
+
+def test_an_answer_cannot_hold_eos_whichever_token_is_named_so(write_folder: Any) -> None:
+    # As in Gemma 3's files.
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(config={"eos_token": "<end_of_turn>"}))
+    chat = [{"role": role, "content": "a<eos>"} for role in ("user", "assistant", "user")]
+    assert tokenizer.token_to_id("<eos>") not in tokenizer.encode_chat(chat)
