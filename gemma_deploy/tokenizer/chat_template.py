@@ -68,7 +68,7 @@ class ChatTemplate:
         self._source = DEFAULT_CHAT_TEMPLATE if source is None else source
         self._named_tokens = dict(named_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """Return the conversation as text.
 
         Args:
@@ -84,7 +84,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._named_tokens,
             )

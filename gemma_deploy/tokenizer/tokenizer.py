@@ -126,6 +126,17 @@ class GemmaTokenizer:
         """Id of the token that fills up a batch; None if there is none."""
         return self._vocabulary.pad_token_id
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint has a chat template of its own."""
+        return not self._chat_template.is_default
+
+    @property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """Tokens that end a turn of the chat template."""
+        token_id = self.token_to_id("<end_of_turn>")
+        return frozenset() if token_id is None else frozenset({token_id})
+
     def token_to_id(self, token: str) -> int | None:
         """Return a token's id; None for what is not a token."""
         return self._backend.token_to_id(token)
@@ -143,7 +154,7 @@ class GemmaTokenizer:
         text: str,
         *,
         add_bos: bool | None = None,
-        add_eos: bool | None = None,
+        add_eos: bool | None = False,
         allow_special: bool = True,
     ) -> list[int]:
         """Return the token ids of a text.
@@ -231,7 +242,7 @@ class GemmaTokenizer:
         )
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> str:
         """Return a conversation as text.
 
@@ -248,12 +259,13 @@ class GemmaTokenizer:
         Raises:
             TokenizerError: Messages are malformed, or the template fails or refuses them.
         """
-        return self._chat_template.render(
-            plain_messages(messages), add_generation_prompt=add_generation_prompt
+        text = self._chat_template.render(
+            plain_messages(messages), add_generation_prompt=add_generation_prompt, tools=tools
         )
+        return _cut(text, messages) if continue_final_message else text
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> list[int]:
         """Return the token ids of a conversation, with exactly one `<bos>`, in front.
 
@@ -278,10 +290,12 @@ class GemmaTokenizer:
         pieces = guarded_pieces(
             plain_messages(messages),
             lambda plain: self._chat_template.render(
-                plain, add_generation_prompt=add_generation_prompt
+                plain, add_generation_prompt=add_generation_prompt, tools=tools
             ),
             self._vocabulary.control_tokens,
         )
+        if continue_final_message:
+            pieces = [_cut("".join(pieces), messages)]
         ids = self._encode_pieces(pieces)
         bos = self.bos_token_id
         if bos is None:
@@ -300,3 +314,8 @@ class GemmaTokenizer:
                 "to U+DFFF). Decode its bytes as UTF-8, with errors='replace' if need be."
             ) from err
         return [token_id for encoding in encodings for token_id in encoding.ids]
+
+
+def _cut(text: str, messages: Any) -> str:
+    content = messages[-1]["content"].strip()
+    return text[: text.rindex(content) + len(content)]
