@@ -12,6 +12,7 @@ from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
 from gemma_deploy.manifest import MANIFEST_FILE
+from gemma_deploy.runtime.generation_config import GenerationDefaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +88,26 @@ class ModelSource:
         )
 
     @property
+    def generation_place(self) -> str:
+        """What errors call the file that `generation_config` was read from."""
+        return str(self.folder / GENERATION_FILE)
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """Return what generation_config.json says of the choice of tokens.
+
+        Raises:
+            ConfigError: It holds what no model can have.
+        """
+        return GenerationDefaults.parse(self.generation_config, self.generation_place)
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end a text, by config.json and generation_config.json together."""
-        stated = self.generation_config.get("eos_token_id")
-        listed = stated if isinstance(stated, list) else [stated]
-        return frozenset(self.config.eos_token_ids) | {i for i in listed if isinstance(i, int)}
+        """The tokens that end a text, by config.json and generation_config.json together.
+
+        Raises:
+            ConfigError: As `generation_defaults`.
+        """
+        return frozenset(self.config.eos_token_ids) | self.generation_defaults().eos_token_ids
 
 
 def _explain_missing(path: Path) -> str:
@@ -114,7 +130,7 @@ def _generation_config(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds {type(raw).__name__}, expected a JSON object")
