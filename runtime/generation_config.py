@@ -42,7 +42,7 @@ FIELDS_WITHOUT_EFFECT: Final = frozenset(
     early_stopping length_penalty diversity_penalty renormalize_logits remove_invalid_values
     encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id
     pad_token_id bos_token_id transformers_version
-    """.split()
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )
 
 # These change the text and are not implemented; the values with which they would not.
@@ -121,15 +121,17 @@ class GenerationDefaults:
             options = GenerationOptions(
                 **{name: _number(given[name]) for name in _OPTION_FIELDS if name in given}
             )
-            eos_token_ids = _eos_token_ids(given.get("eos_token_id"))
+            eos_ids = eos_token_ids(given.get("eos_token_id"))
         except RequestError as err:
             raise ConfigError(f"{place}: {err}: correct the file") from err
         return cls(
             options=options,
             do_sample=do_sample,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=eos_ids,
             ignored=tuple(
-                f"{name}={reprlib.repr(value)}" for name, value in given.items() if changes_text(name, value)
+                f"{name}={reprlib.repr(value)}"
+                for name, value in given.items()
+                if changes_text(name, value)
             ),
         )
 
@@ -199,7 +201,7 @@ def _number(value: object) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _eos_token_ids(value: object) -> frozenset[int]:
+def eos_token_ids(value: object) -> frozenset[int]:
     """Return the ids of a number or a list; negative ones stand for no token.
 
     Raises:

@@ -43,7 +43,7 @@ class BatchGeneration:
         max_seq_len: Most tokens of a row in the cache.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a keyword for each decision
         self,
         session: Session,
         cache: KVCache | None,

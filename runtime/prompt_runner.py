@@ -3,10 +3,9 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
-from gemma_deploy.errors import RequestError
 from gemma_deploy.runtime.batch_runner import BatchRunner, OnProgress
 from gemma_deploy.runtime.prompts import Prompt
-from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.request import GenerationOptions, whole_number
 from gemma_deploy.runtime.result import GenerationResult
 from gemma_deploy.runtime.rows import Row
 from gemma_deploy.runtime.streaming import TextStream
@@ -35,9 +34,12 @@ class PromptRunner:
     ) -> None:
         self._batches = batches
         self._tokenizer = tokenizer
-        own = {tokenizer.eos_token_id} - {None}
-        ends_of_turn = tokenizer.end_of_turn_ids if tokenizer.has_chat_template else frozenset()
-        self.eos_token_ids: frozenset[int] = model_eos_token_ids | own | ends_of_turn
+        eos = model_eos_token_ids
+        if tokenizer.eos_token_id is not None:
+            eos |= {tokenizer.eos_token_id}
+        if tokenizer.has_chat_template:
+            eos |= tokenizer.end_of_turn_ids
+        self.eos_token_ids = eos
 
     def results(
         self,
@@ -53,8 +55,7 @@ class PromptRunner:
         Raises:
             RequestError: `batch_size` is no number above 0; and as `TextGenerator.generate`.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
+        batch_size = whole_number("batch_size", batch_size, 1)
         batch_size = min(batch_size, self._batches.max_batch_size or batch_size)
         ids = [prompt.token_ids for prompt in prompts]
         capacity = self._batches.capacity(ids, options) if prompts else 0
@@ -101,6 +102,11 @@ class PromptRunner:
             to_result=partial(_result, prompt),
         )
 
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of what the model said, all tokens of it."""
+        known = [token_id for token_id in token_ids if self._has_text(token_id)]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+
     def _stop_token_ids(
         self, prompts: Sequence[Prompt], options: GenerationOptions
     ) -> frozenset[int]:
@@ -113,8 +119,7 @@ class PromptRunner:
 
     def _text_of(self, row: Row) -> str:
         # The token that ended the text is no part of it.
-        tokens = row.new_tokens[:-1] if row.finish_reason == "stop" else row.new_tokens
-        return self._tokenizer.decode([token for token in tokens if self._has_text(token)])
+        return self.decode(row.new_tokens[:-1] if row.finish_reason == "stop" else row.new_tokens)
 
     def _has_text(self, token_id: int) -> bool:
         # Embeddings are often padded with rows that the tokenizer knows nothing of.

@@ -93,7 +93,7 @@ def chat_prompt(
         RequestError: There are no messages.
         TokenizerError: The chat template refuses the messages.
     """
-    if isinstance(messages, Sequence) and not messages:
+    if not messages:
         raise RequestError("the chat has no messages: give at least the user's first")
     arguments: dict[str, Any] = {
         "tools": tools,

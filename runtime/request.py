@@ -59,21 +59,21 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         factor = f"{1 / _MAX_FACTOR:g} to {_MAX_FACTOR:g}"
         checks: dict[str, Callable[[str, object], object]] = {
-            "max_new_tokens": partial(_whole, least=1),
-            "max_length": partial(_whole, least=1),
+            "max_new_tokens": partial(whole_number, least=1),
+            "max_length": partial(whole_number, least=1),
             "temperature": partial(
                 _real,
                 is_valid=lambda value: value == 0 or _is_factor(value),
                 expected=f"0 (greedy), or {factor}",
             ),
-            "top_k": partial(_whole, least=0),
+            "top_k": partial(whole_number, least=0),
             "top_p": partial(
                 _real, is_valid=lambda value: 0 < value <= 1, expected="above 0 and at most 1"
             ),
             "repetition_penalty": partial(
                 _real, is_valid=_is_factor, expected=f"{factor} (1 for none)"
             ),
-            "seed": partial(_whole, least=0),
+            "seed": partial(whole_number, least=0),
             "stop_token_ids": _token_ids,
         }
         if not isinstance(self.ignore_eos, bool):
@@ -130,11 +130,17 @@ def with_overrides(
     return dataclasses.replace(options or GenerationOptions(), **overrides)
 
 
-def _is_factor(value: float) -> bool:
-    return 1 / _MAX_FACTOR <= value <= _MAX_FACTOR
+def whole_number(name: str, value: object, least: int) -> int:
+    """Return a whole number of any library as an int.
 
+    Args:
+        name: What an error calls it.
+        value: The number.
+        least: The smallest that can be, 0 or 1.
 
-def _whole(name: str, value: object, least: int) -> int:
+    Raises:
+        RequestError: It is smaller, or no whole number.
+    """
     expected = f"at least {least}" if least else "0 or more"
     number = _as_int(value)
     if number is None:
@@ -142,6 +148,10 @@ def _whole(name: str, value: object, least: int) -> int:
     if number < least:
         raise RequestError(f"{name} is {number}; it must be {expected}")
     return number
+
+
+def _is_factor(value: float) -> bool:
+    return 1 / _MAX_FACTOR <= value <= _MAX_FACTOR
 
 
 def _real(name: str, value: object, is_valid: Callable[[float], bool], expected: str) -> float:
@@ -157,7 +167,7 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise _type_error(name, value, "a sequence of token ids, such as (1, 107)")
     given = tuple(value)
-    return tuple(_whole(f"{name}[{index}]", item, 0) for index, item in enumerate(given))
+    return tuple(whole_number(f"{name}[{index}]", item, 0) for index, item in enumerate(given))
 
 
 def _as_int(value: object) -> int | None:

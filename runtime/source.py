@@ -4,15 +4,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gemma_deploy.bundle import GENERATION_FILE, Bundle
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
+from gemma_deploy.hub import is_hub_id
 from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.runtime.generation_config import GenerationDefaults
+
+_USUAL_FOLDERS: Final = frozenset(
+    {"build", "bundles", "checkpoints", "data", "dist", "engines", "models", "out", "output", "tmp"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +115,33 @@ class ModelSource:
         return frozenset(self.config.eos_token_ids) | self.generation_defaults().eos_token_ids
 
 
+def may_be_hub_id(path: Path) -> bool:
+    """Tell whether a path that does not exist reads as the name of a model on a hub.
+
+    It does not if it reads as a mistyped path: what stands before the `/` is a folder here, or has a
+    name that is given to folders for models.
+    """
+    text = path.as_posix()
+    first = path.parts[0] if path.parts else ""
+    return is_hub_id(text) and first not in _USUAL_FOLDERS and not Path(first).exists()
+
+
 def _explain_missing(path: Path) -> str:
+    gguf = path if path.suffix == ".gguf" else next(path.glob("*.gguf"), None)
+    if gguf is not None and path.exists():
+        return (
+            f"{gguf} is a GGUF file, which is not read: give the folder of the model's safetensors "
+            "version, or export that with `gemma-deploy export`"
+        )
+    if path.is_file():
+        return f"{path} is a file; give its folder, {path.parent}"
     if path.exists():
         return (
             f"{path} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no {CONFIG_FILE}): "
             "give the folder that `gemma-deploy export` wrote"
         )
     hint = ""
-    if len(path.parts) == 2 and not path.is_absolute():
+    if may_be_hub_id(path):
         hint = (
             ". If it is the id of a model on the hub, export it first: "
             f"`gemma-deploy export {path.as_posix()} --output BUNDLE`"

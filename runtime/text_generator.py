@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from gemma_deploy.runtime.batch_runner import BatchRunner, OnProgress, ignore
@@ -44,6 +43,8 @@ class TextGenerator:
         max_seq_len: Most tokens in the KV cache: the prompt's and the text's but the last, which
             needs no place there.
         generation_config: Contents of the model's generation_config.json.
+        generation_defaults: What of it is honoured; see `GenerationOptions`.
+        prompt_runner: What runs prompts that are encoded already.
         eos_token_ids: The tokens that end a text by the model's own account: config.json's,
             generation_config.json's, the tokenizer's, and the end of a turn if the checkpoint has a
             chat template.
@@ -193,7 +194,7 @@ class TextGenerator:
 
         All prompts are checked at once; the model first runs when a result is asked for.
         """
-        return self._runner.results(
+        return self.prompt_runner.results(
             text_prompts(self.tokenizer, prompts, allow_special=allow_special),
             self.resolved_options(options, **overrides),
             batch_size=batch_size,
@@ -217,7 +218,7 @@ class TextGenerator:
         """
         (encoded,) = text_prompts(self.tokenizer, [prompt], allow_special=allow_special)
         options = self.resolved_options(options, **overrides)
-        return self._runner.stream(
+        return self.prompt_runner.stream(
             encoded, options, is_cancelled=is_cancelled, on_progress=on_progress
         )
 
@@ -250,7 +251,7 @@ class TextGenerator:
         """
         (encoded,) = self._chat_prompts([messages], tools, is_continued=continue_final_message)
         options = self.resolved_options(options, **overrides)
-        return self._runner.stream(
+        return self.prompt_runner.stream(
             encoded, options, is_cancelled=is_cancelled, on_progress=on_progress
         )
 
@@ -267,7 +268,7 @@ class TextGenerator:
         **overrides: Any,
     ) -> list[GenerationResult]:
         """Answer several conversations, each as `chat` does, in batches as `generate` does."""
-        results = self._runner.results(
+        results = self.prompt_runner.results(
             self._chat_prompts(chats, tools, is_continued=continue_final_message),
             self.resolved_options(options, **overrides),
             batch_size=batch_size,
@@ -284,8 +285,8 @@ class TextGenerator:
 
     def _take(self, tokenizer: GemmaTokenizer) -> None:
         self.tokenizer = tokenizer
-        self._runner = PromptRunner(self._batches, tokenizer, self.source.eos_token_ids)
-        self.eos_token_ids = self._runner.eos_token_ids
+        self.prompt_runner = PromptRunner(self._batches, tokenizer, self.source.eos_token_ids)
+        self.eos_token_ids = self.prompt_runner.eos_token_ids
 
     def _chat_prompts(
         self, chats: Sequence[Sequence[Message]], tools: Tools | None, *, is_continued: bool
@@ -294,8 +295,6 @@ class TextGenerator:
             for messages in chats:
                 check_answerable(messages)
         return [
-            chat_prompt(
-                self.tokenizer, messages, tools=tools, continue_final_message=is_continued
-            )
+            chat_prompt(self.tokenizer, messages, tools=tools, continue_final_message=is_continued)
             for messages in chats
         ]

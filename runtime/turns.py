@@ -1,6 +1,7 @@
 """Taking turns: `Turns` for the threads of one model, `SharedIterator` for those of one iterator."""
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Generator, Iterator
 from typing import Self, TypeVar
@@ -57,7 +58,7 @@ class SharedIterator(Iterator[Item]):
 
     def __next__(self) -> Item:
         with self._lock:
-            if self._items.gi_running:
+            if self._is_running():
                 raise RequestError(
                     f"{self._what} was asked for more by something that it calls itself "
                     "(is_cancelled or on_progress): ask from outside"
@@ -70,5 +71,8 @@ class SharedIterator(Iterator[Item]):
         What it calls itself cannot end it.
         """
         with self._lock:
-            if not self._items.gi_running:
+            if not self._is_running():
                 self._items.close()
+
+    def _is_running(self) -> bool:
+        return inspect.getgeneratorstate(self._items) == inspect.GEN_RUNNING

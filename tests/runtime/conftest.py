@@ -169,6 +169,7 @@ class ScriptedSession:
     logits_at_step: dict[int, float] = field(default_factory=dict)
     on_step: Callable[[int], object] = lambda _: None
     xp: Any = array_api_numpy
+    device: Device = field(default_factory=lambda: Device(kind="cpu"))
     is_closed: bool = False
     limits: SessionLimits = field(default_factory=SessionLimits)
     memory: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))

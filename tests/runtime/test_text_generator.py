@@ -259,8 +259,11 @@ def test_a_chat_with_nothing_to_answer_is_refused(
         (lambda g: g.generate(["Names", 5]), r"prompt 2 is 5 \(int\); expected a string"),
         (lambda g: g.stream(["Names"]), r"prompt 1 is \['Names'\] \(list\); expected a string"),
         (lambda g: g.generate("Names", top_q=3), "unknown option top_q; expected ignore_eos"),
-        (lambda g: g.generate("Names", batch_size=0), "batch_size is 0; it must be a whole number"),
-        (lambda g: g.generate("Names", batch_size="4"), "batch_size is '4'; it must be a whole"),
+        (lambda g: g.generate("Names", batch_size=0), "batch_size is 0; it must be at least 1"),
+        (
+            lambda g: g.generate("Names", batch_size="4"),
+            r"batch_size is '4' \(str\); it must be a whole",
+        ),
         (lambda g: g.generate("Names", max_new_tokens=0), "max_new_tokens is 0"),
     ],
 )

@@ -153,8 +153,8 @@ def test_a_stream_s_thread_does_not_keep_the_others_out(
     order: list[str] = []
 
     def read(index: int) -> None:
-        for _ in scripted.stream(PROMPTS[index], max_new_tokens=60, ignore_eos=True):
-            order.append("ab"[index])
+        stream = scripted.stream(PROMPTS[index], max_new_tokens=60, ignore_eos=True)
+        order.extend("ab"[index] for _ in stream)
 
     scripted_session.on_step = lambda _: time.sleep(0.001)
     in_threads(2, read)
@@ -182,7 +182,9 @@ def test_results_of_one_iterator_go_to_whoever_asks(scripted: TextGenerator) -> 
     results = scripted.generate_each(PROMPTS, max_new_tokens=4, batch_size=2)
     found = [one for some in in_threads(4, lambda _: list(results)) for one in some]
     assert sorted(result.prompt for result in found) == sorted(PROMPTS)
-    assert {result.prompt: result.text for result in found} == dict(zip(PROMPTS, alone, strict=True))
+    assert {result.prompt: result.text for result in found} == dict(
+        zip(PROMPTS, alone, strict=True)
+    )
 
 
 def test_closing_the_model_waits_for_the_step_and_ends_the_others(
@@ -260,7 +262,12 @@ def test_a_callback_may_use_the_model_and_not_its_own_stream(scripted: TextGener
     stream = scripted.stream("Names", is_cancelled=lambda: bool(next(stream)))
     with pytest.raises(RequestError, match="the stream was asked for more by something that it"):
         next(stream)
-    closed = scripted.stream("Names", max_new_tokens=9, is_cancelled=lambda: bool(closed.close()))
+
+    def close() -> bool:
+        closed.close()
+        return False
+
+    closed = scripted.stream("Names", max_new_tokens=9, is_cancelled=close)
     assert len(list(closed)) <= 1
     assert closed.result.finish_reason == "cancelled"
 
