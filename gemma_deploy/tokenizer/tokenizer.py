@@ -317,5 +317,6 @@ class GemmaTokenizer:
 
 
 def _cut(text: str, messages: Any) -> str:
-    content = messages[-1]["content"].strip()
+    content = messages[-1]["content"]
+    content = (content if isinstance(content, str) else content[-1]["text"]).strip()
     return text[: text.rindex(content) + len(content)]
