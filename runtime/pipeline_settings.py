@@ -118,7 +118,7 @@ def check_keywords(kwargs: Mapping[str, Any]) -> None:
             "their spaces. Leave it out"
         )
     for name, value in kwargs.items():
-        if name in NEUTRAL_VALUES and changes_text(name, value):
+        if name in NEUTRAL_VALUES.keys() - _KNOWN and changes_text(name, value):
             raise RequestError(
                 f"{name} is {value!r}, which is not implemented: the text would not be what it asks "
                 "for. Leave it out"
