@@ -29,7 +29,8 @@ def parse(**fields: Any) -> GenerationDefaults:
 
 
 def test_every_field_of_transformers_is_classified_once() -> None:
-    fields = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    config: Any = transformers.GenerationConfig
+    fields = {name for name in vars(config()) if not name.startswith("_")}
     groups = [HONOURED_FIELDS, FIELDS_WITHOUT_EFFECT, frozenset(NEUTRAL_VALUES)]
     assert set().union(*groups) == fields
     assert sum(map(len, groups)) == len(fields)
@@ -178,7 +179,7 @@ def stated(tmp_path: Path, text_checkpoint: Any) -> Any:
 def test_every_way_to_a_text_gives_transformers(stated: Any, fields: Any) -> None:
     folder = stated(**fields, eos_token_id=[1, 7], pad_token_id=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     (theirs,) = model.generate(**inputs)
     expected = tuple(theirs[inputs["input_ids"].shape[1] :].tolist())
@@ -210,7 +211,9 @@ def test_the_file_says_to_sample_and_a_call_can_say_no(stated: Any) -> None:
 
 def test_a_model_warns_once_of_what_is_ignored(stated: Any) -> None:
     folder = stated(min_p=0.1, top_k=3)
-    with pytest.warns(GenerationConfigWarning, match=r"json has fields .*ignored: min_p=0.1\.") as w:
+    with pytest.warns(
+        GenerationConfigWarning, match=r"json has fields .*ignored: min_p=0.1\."
+    ) as w:
         generator = gemma_deploy.load(folder, device="cpu", threads=1)
     assert len(w) == 1
     assert w[0].filename == __file__
