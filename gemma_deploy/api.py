@@ -214,7 +214,7 @@ def load(  # a keyword for each decision
     from gemma_deploy.runtime.text_generator import TextGenerator
 
     return TextGenerator.open(
-        ModelSource.open(Path(path)),
+        ModelSource.open(path),
         backend=backend,
         device=device,
         max_seq_len=max_seq_len,

@@ -12,7 +12,7 @@ from gemma_deploy.runtime.text_generator import TextGenerator
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 
-def model_folder(model: object) -> Path:
+def model_folder(model: object) -> str | Path:
     """Return the folder of a model; one that is not here and reads as a hub id is downloaded.
 
     Raises:
@@ -23,13 +23,12 @@ def model_folder(model: object) -> Path:
         raise RequestError("model is missing: give the folder of a bundle or of a checkpoint")
     if not isinstance(model, str | Path):
         raise RequestError(
-            f"model is a {type(model).__name__}; expected the folder of a bundle, of a checkpoint or of "
+            f"model is {type(model).__name__}; expected the folder of a bundle, of a checkpoint or of "
             "an engine, a model's name on the hub, or what gemma_deploy.load returned"
         )
-    folder = Path(model).expanduser()
-    if isinstance(model, str) and not folder.exists() and may_be_hub_id(folder):
+    if isinstance(model, str) and not Path(model).exists() and may_be_hub_id(model):
         return resolve_checkpoint(model)
-    return folder
+    return model
 
 
 def placed(device: object, device_map: object) -> object:

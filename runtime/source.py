@@ -41,8 +41,11 @@ class ModelSource:
     max_seq_len: int
 
     @classmethod
-    def open(cls, path: Path) -> "ModelSource":
+    def open(cls, given: str | Path) -> "ModelSource":
         """Open a bundle (manifest.json), a packed engine (engine.json) or a checkpoint (config.json).
+
+        Args:
+            given: The folder.
 
         Raises:
             RequestError: The path is none of them, or an engine without its tokenizer.
@@ -51,6 +54,12 @@ class ModelSource:
             ConfigError: The checkpoint's config is not a Gemma's.
             CheckpointError: generation_config.json cannot be read.
         """
+        if not isinstance(given, str | Path):
+            raise RequestError(
+                f"the model is {given!r} ({type(given).__name__}); expected the path of a bundle, a checkpoint or "
+                "an engine"
+            )
+        path = Path(given).expanduser()
         if (path / MANIFEST_FILE).is_file():
             bundle = Bundle.open(path)
             return cls(
@@ -64,7 +73,7 @@ class ModelSource:
         if (path / ENGINE_FILE).is_file():
             return cls._of_engine(EngineFolder.open(path))
         if not (path / CONFIG_FILE).is_file():
-            raise RequestError(_explain_missing(path))
+            raise RequestError(_explain_missing(path, str(given)))
         config = GemmaConfig.from_file(path)
         return cls(
             folder=path,
@@ -115,18 +124,20 @@ class ModelSource:
         return frozenset(self.config.eos_token_ids) | self.generation_defaults().eos_token_ids
 
 
-def may_be_hub_id(path: Path) -> bool:
+def may_be_hub_id(text: str) -> bool:
     """Tell whether a path that does not exist reads as the name of a model on a hub.
 
     It does not if it reads as a mistyped path: what stands before the `/` is a folder here, or has a
     name that is given to folders for models.
+
+    Args:
+        text: The path as it was given: `./a/b` is none, and no longer to be told as a `Path`.
     """
-    text = path.as_posix()
-    first = path.parts[0] if path.parts else ""
+    first = text.partition("/")[0]
     return is_hub_id(text) and first not in _USUAL_FOLDERS and not Path(first).exists()
 
 
-def _explain_missing(path: Path) -> str:
+def _explain_missing(path: Path, given: str) -> str:
     gguf = path if path.suffix == ".gguf" else next(path.glob("*.gguf"), None)
     if gguf is not None and path.exists():
         return (
@@ -141,10 +152,10 @@ def _explain_missing(path: Path) -> str:
             "give the folder that `gemma-deploy export` wrote"
         )
     hint = ""
-    if may_be_hub_id(path):
+    if may_be_hub_id(given):
         hint = (
             ". If it is the id of a model on the hub, export it first: "
-            f"`gemma-deploy export {path.as_posix()} --output BUNDLE`"
+            f"`gemma-deploy export {given} --output BUNDLE`"
         )
     return f"{path} does not exist; expected the folder of a bundle or of a checkpoint{hint}"
 

@@ -44,14 +44,14 @@ options say, else what the model's generation_config.json says, else greedy. In 
 commands; Ctrl-C stops an answer, which stays in the conversation as far as it came.
 """,
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path())
 @click.option("--system", metavar="TEXT", help="System prompt: what the model is told beforehand.")
 @sampling_options
 @runtime_options
 @prepacked_cache_option
 def command(
     *,
-    bundle: Path,
+    bundle: str,
     system: str | None,
     device: str,
     threads: int | None,

@@ -48,7 +48,7 @@ A float16 bundle that works with --device cpu may still overflow on CUDA: ONNX R
 multiplies matrices in float32.
 """,
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path())
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "--file",
@@ -86,7 +86,7 @@ multiplies matrices in float32.
 )
 def command(
     *,
-    bundle: Path,
+    bundle: str,
     prompts: tuple[str, ...],
     file: str | None,
     no_special_tokens: bool,

@@ -1,7 +1,6 @@
 """Loading the model that `generate` and `chat` run, and what is said of it."""
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.cli.console import notice, working
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from gemma_deploy.runtime.text_generator import TextGenerator
 
 
-def load_model(bundle: Path, **options: Any) -> "TextGenerator":
+def load_model(bundle: str, **options: Any) -> "TextGenerator":
     """Load a model; what would be a warning in a program is a notice here.
 
     Args:
