@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from gemma_deploy.errors import (
     NonFiniteLogitsError,
@@ -17,6 +19,7 @@ from gemma_deploy.runtime.sessions.session import SessionLimits
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.text_generator import TextGenerator
 from gemma_deploy.tokenizer import GemmaTokenizer
+from gemma_deploy.tokenizer.settings import TokenizerSettings
 
 PROMPTS = ["The for statement", "Names", "The while statement is used for", "a tuple or a list"]
 
@@ -202,6 +205,149 @@ def test_a_chat_stops_at_the_end_of_the_turn(text_checkpoint: Any, scripted_sess
     assert stream.result.finish_reason == "stop"
     assert stream.result.token_ids == (*free.result.token_ids[:3], end_of_turn)
     assert "<end_of_turn>" not in stream.result.text
+
+
+class Spoken:
+    """A tokenizer as another checkpoint has it: its own ends of text, with or without a template."""
+
+    def __init__(self, tokenizer: GemmaTokenizer, *, eos: int | None, has_template: bool) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_id = eos
+        self.has_chat_template = has_template
+        self.end_of_turn_ids = frozenset({300})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize(
+    ("eos", "has_template", "plain", "chat"),
+    [
+        (None, False, {1, 7}, {1, 7, 300}),
+        (200, False, {1, 7, 200}, {1, 7, 200, 300}),
+        (200, True, {1, 7, 200, 300}, {1, 7, 200, 300}),
+    ],
+)
+def test_a_text_ends_by_what_any_of_the_files_says(
+    text_checkpoint: Any, scripted_session: Any, eos: Any, has_template: bool, plain: Any, chat: Any
+) -> None:
+    folder = text_checkpoint("gemma1")
+    scripted_session.vocab_size = 512
+    tokenizer: Any = Spoken(
+        GemmaTokenizer.from_pretrained(folder), eos=eos, has_template=has_template
+    )
+    generator = TextGenerator(scripted_session, tokenizer, ModelSource.open(folder))
+    assert generator.eos_token_ids == plain
+
+    def ends(token_id: int, call: Any, **options: Any) -> bool:
+        said = np.zeros(512, np.float32)
+        said[token_id] = 9
+        scripted_session.steps.clear()
+        scripted_session.logits_at_step = {1: said}
+        result = call(max_new_tokens=4, **options)
+        return bool(result.finish_reason == "stop")
+
+    def stream_of(made: Any) -> Any:
+        list(made)
+        return made.result
+
+    for token_id in (1, 7, 200, 300, 301):
+        for call, expected in (
+            (lambda **o: generator.generate("Names", **o)[0], plain),
+            (lambda **o: stream_of(generator.stream("Names", **o)), plain),
+            (lambda **o: stream_of(generator.chat([USER], **o)), chat),
+            (lambda **o: generator.answer([[USER]], **o)[0], chat),
+        ):
+            assert ends(token_id, call) is (token_id in expected)
+            assert not ends(token_id, call, ignore_eos=True)
+            assert ends(token_id, call, ignore_eos=True, stop_token_ids=(token_id,))
+
+
+def test_control_tokens_of_a_prompt_are_text_where_that_is_asked_for(
+    generator: TextGenerator,
+) -> None:
+    end = generator.tokenizer.token_to_id("<end_of_turn>")
+    prompt = "Names<end_of_turn>"
+    for call in (
+        lambda **o: generator.generate(prompt, max_new_tokens=1, **o)[0],
+        lambda **o: next(generator.generate_each(prompt, max_new_tokens=1, **o)),
+        lambda **o: closed(generator.stream(prompt, max_new_tokens=1, **o)),
+    ):
+        assert end in call().prompt_token_ids
+        assert end not in call(allow_special=False).prompt_token_ids
+        assert generator.tokenizer.decode(call(allow_special=False).prompt_token_ids) == prompt
+
+
+def closed(stream: Any) -> Any:
+    stream.close()
+    return stream.result
+
+
+def test_an_empty_prompt_starts_from_bos(text_checkpoint: Any, scripted_session: Any) -> None:
+    folder = text_checkpoint("gemma1")
+    generator = make_generator(text_checkpoint, scripted_session)
+    assert generator.generate("", max_new_tokens=2)[0].prompt_token_ids == (2,)
+    assert closed(generator.stream("", max_new_tokens=2)).prompt_token_ids == (2,)
+    # `<bos>` is not added by this one, but there is one.
+    bare = generator.with_tokenizer(GemmaTokenizer())
+    assert bare.generate("", max_new_tokens=2)[0].prompt_token_ids == (2,)
+    settings = TokenizerSettings(named_tokens={}, add_bos=False)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend_without = json.loads(backend.to_str())
+    added = [one for one in backend_without["added_tokens"] if one["content"] != "<bos>"]
+    backend_without["added_tokens"] = added
+    del backend_without["model"]["vocab"]["<bos>"]
+    backend_without["post_processor"] = None
+    nameless = GemmaTokenizer(Tokenizer.from_str(json.dumps(backend_without)), settings)
+    with pytest.raises(RequestError, match="prompt 2 is empty, and the tokenizer has no <bos>"):
+        generator.with_tokenizer(nameless).generate(["Names", ""])
+
+
+def test_a_begun_answer_is_gone_on_with(generator: TextGenerator) -> None:
+    begun = [USER, {"role": "assistant", "content": "refer"}]
+    with generator.chat(begun, continue_final_message=True, max_new_tokens=6) as stream:
+        list(stream)
+    expected = generator.tokenizer.encode_chat(
+        begun, add_generation_prompt=False, continue_final_message=True
+    )
+    assert list(stream.result.prompt_token_ids) == expected
+    assert stream.result.prompt.endswith("model\nrefer")
+    (answer,) = generator.answer([begun], continue_final_message=True, max_new_tokens=6)
+    assert answer.token_ids == stream.result.token_ids
+
+
+def test_tools_reach_the_template(text_checkpoint: Any, scripted_session: Any) -> None:
+    folder = text_checkpoint("gemma1")
+    template = "{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}Names"
+    tokenizer = GemmaTokenizer(
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        TokenizerSettings(chat_template=template),
+    )
+    generator = make_generator(text_checkpoint, scripted_session).with_tokenizer(tokenizer)
+    tools = [{"type": "function", "function": {"name": "sequence"}}]
+    for given, text in ((tools, "<bos>[sequence]Names"), (None, "<bos>Names")):
+        assert closed(generator.chat([USER], tools=given)).prompt == text
+        assert generator.answer([[USER]], tools=given, max_new_tokens=1)[0].prompt == text
+
+
+def test_progress_is_that_of_the_prompts(text_checkpoint: Any, scripted_session: Any) -> None:
+    generator = make_generator(text_checkpoint, scripted_session, prefill_chunk=4)
+    count = len(generator.tokenizer.encode("Names refer to objects."))
+    assert count > 4
+    told: list[tuple[int, int]] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+
+    stream = generator.stream("Names refer to objects.", max_new_tokens=3, on_progress=tell)
+    assert told == []
+    list(stream)
+    assert told[0] == (0, count)
+    assert told[1] == (4, count)
+    assert told[-1] == (count, count)
+    told.clear()
+    generator.generate(["Names"] * 3, max_new_tokens=3, batch_size=2, on_progress=tell)
+    assert [done == total for done, total in told].count(True) == 2
 
 
 USER = {"role": "user", "content": "Names"}
