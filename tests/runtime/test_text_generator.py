@@ -1,11 +1,9 @@
-import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -28,15 +26,6 @@ PROMPTS = ["The for statement", "Names", "The while statement is used for", "a t
 def generator(text_bundle: Any) -> Iterator[TextGenerator]:
     with TextGenerator.open(ModelSource.open(text_bundle("gemma1")), threads=1) as generator:
         yield generator
-
-
-def make_generator(text_checkpoint: Any, session: Any, **arguments: Any) -> TextGenerator:
-    """A generator whose model is a script; the tokenizer is real."""
-    folder = text_checkpoint("gemma1")
-    session.vocab_size = 512
-    return TextGenerator(
-        session, GemmaTokenizer.from_pretrained(folder), ModelSource.open(folder), **arguments
-    )
 
 
 def test_one_result_for_each_prompt(generator: TextGenerator) -> None:
@@ -74,9 +63,9 @@ def test_batch_size_does_not_change_the_text(
 
 
 def test_each_batch_is_given_as_soon_as_it_is_done(
-    text_checkpoint: Any, scripted_session: Any
+    scripted_generator: Any, scripted_session: Any
 ) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     results = generator.generate_each(["a", "b", "c"], batch_size=2, max_new_tokens=3)
     assert scripted_session.steps == []
     next(results)
@@ -113,10 +102,8 @@ def test_the_text_excludes_the_token_that_ended_it(generator: TextGenerator) -> 
         assert "".join(stream) == result.text
 
 
-def test_the_models_own_ends_stop_unless_ignored(
-    text_checkpoint: Any, scripted_session: Any
-) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+def test_the_models_own_ends_stop_unless_ignored(scripted_generator: Any) -> None:
+    generator = scripted_generator()
     ids = generator.tokenizer.encode("Names")
     # The script says the sum of the ids plus one: pick the prompt's end so that this is id 7.
     filler = (7 - 1 - sum(ids)) % 512
@@ -143,8 +130,10 @@ def test_streamed_pieces_are_the_text(generator: TextGenerator, prompt: str, sam
     assert stream.result.finish_reason == "length"
 
 
-def test_pieces_come_as_soon_as_their_tokens(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+def test_pieces_come_as_soon_as_their_tokens(
+    scripted_generator: Any, scripted_session: Any
+) -> None:
+    generator = scripted_generator()
     stream = generator.stream("Names", max_new_tokens=10)
     assert scripted_session.steps == []
     next(stream)
@@ -162,7 +151,7 @@ def test_closing_a_stream_keeps_what_there_was(generator: TextGenerator) -> None
     assert list(stream) == []
 
 
-def test_ctrl_c_returns_what_was_generated(text_checkpoint: Any, scripted_session: Any) -> None:
+def test_ctrl_c_returns_what_was_generated(scripted_generator: Any, scripted_session: Any) -> None:
     # Once: whatever runs after it would show.
     interrupts = iter([False] * 5 + [True])
 
@@ -171,7 +160,7 @@ def test_ctrl_c_returns_what_was_generated(text_checkpoint: Any, scripted_sessio
             raise KeyboardInterrupt
 
     scripted_session.on_step = interrupt
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     results = generator.generate(PROMPTS, max_new_tokens=4, batch_size=1)
     reasons = [result.finish_reason for result in results]
     assert reasons == ["length", "cancelled", "cancelled", "cancelled"]
@@ -185,82 +174,6 @@ def test_cancelling_ends_the_call(generator: TextGenerator) -> None:
     stream = generator.stream("Names", is_cancelled=lambda: True)
     assert list(stream) == []
     assert stream.result.finish_reason == "cancelled"
-
-
-def test_a_chat_stops_at_the_end_of_the_turn(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
-    end_of_turn = generator.tokenizer.token_to_id("<end_of_turn>")
-    assert end_of_turn not in generator.eos_token_ids
-    messages = [{"role": "user", "content": "Names"}]
-    free = generator.chat(messages, max_new_tokens=6)
-    list(free)
-    assert list(free.result.prompt_token_ids) == generator.tokenizer.encode_chat(messages)
-    assert free.result.prompt == generator.tokenizer.apply_chat_template(messages)
-    said = np.zeros(512, np.float32)
-    said[end_of_turn] = 1
-    scripted_session.steps.clear()
-    scripted_session.logits_at_step = {3: said}
-    stream = generator.chat(messages, max_new_tokens=6)
-    assert "".join(stream) == stream.result.text
-    assert stream.result.finish_reason == "stop"
-    assert stream.result.token_ids == (*free.result.token_ids[:3], end_of_turn)
-    assert "<end_of_turn>" not in stream.result.text
-
-
-class Spoken:
-    """A tokenizer as another checkpoint has it: its own ends of text, with or without a template."""
-
-    def __init__(self, tokenizer: GemmaTokenizer, *, eos: int | None, has_template: bool) -> None:
-        self.tokenizer = tokenizer
-        self.eos_token_id = eos
-        self.has_chat_template = has_template
-        self.end_of_turn_ids = frozenset({300})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
-
-
-@pytest.mark.parametrize(
-    ("eos", "has_template", "plain", "chat"),
-    [
-        (None, False, {1, 7}, {1, 7, 300}),
-        (200, False, {1, 7, 200}, {1, 7, 200, 300}),
-        (200, True, {1, 7, 200, 300}, {1, 7, 200, 300}),
-    ],
-)
-def test_a_text_ends_by_what_any_of_the_files_says(
-    text_checkpoint: Any, scripted_session: Any, eos: Any, has_template: bool, plain: Any, chat: Any
-) -> None:
-    folder = text_checkpoint("gemma1")
-    scripted_session.vocab_size = 512
-    tokenizer: Any = Spoken(
-        GemmaTokenizer.from_pretrained(folder), eos=eos, has_template=has_template
-    )
-    generator = TextGenerator(scripted_session, tokenizer, ModelSource.open(folder))
-    assert generator.eos_token_ids == plain
-
-    def ends(token_id: int, call: Any, **options: Any) -> bool:
-        said = np.zeros(512, np.float32)
-        said[token_id] = 9
-        scripted_session.steps.clear()
-        scripted_session.logits_at_step = {1: said}
-        result = call(max_new_tokens=4, **options)
-        return bool(result.finish_reason == "stop")
-
-    def stream_of(made: Any) -> Any:
-        list(made)
-        return made.result
-
-    for token_id in (1, 7, 200, 300, 301):
-        for call, expected in (
-            (lambda **o: generator.generate("Names", **o)[0], plain),
-            (lambda **o: stream_of(generator.stream("Names", **o)), plain),
-            (lambda **o: stream_of(generator.chat([USER], **o)), chat),
-            (lambda **o: generator.answer([[USER]], **o)[0], chat),
-        ):
-            assert ends(token_id, call) is (token_id in expected)
-            assert not ends(token_id, call, ignore_eos=True)
-            assert ends(token_id, call, ignore_eos=True, stop_token_ids=(token_id,))
 
 
 def test_control_tokens_of_a_prompt_are_text_where_that_is_asked_for(
@@ -283,9 +196,9 @@ def closed(stream: Any) -> Any:
     return stream.result
 
 
-def test_an_empty_prompt_starts_from_bos(text_checkpoint: Any, scripted_session: Any) -> None:
+def test_an_empty_prompt_starts_from_bos(scripted_generator: Any, text_checkpoint: Any) -> None:
     folder = text_checkpoint("gemma1")
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     assert generator.generate("", max_new_tokens=2)[0].prompt_token_ids == (2,)
     assert closed(generator.stream("", max_new_tokens=2)).prompt_token_ids == (2,)
     # `<bos>` is not added by this one, but there is one.
@@ -303,35 +216,8 @@ def test_an_empty_prompt_starts_from_bos(text_checkpoint: Any, scripted_session:
         generator.with_tokenizer(nameless).generate(["Names", ""])
 
 
-def test_a_begun_answer_is_gone_on_with(generator: TextGenerator) -> None:
-    begun = [USER, {"role": "assistant", "content": "refer"}]
-    with generator.chat(begun, continue_final_message=True, max_new_tokens=6) as stream:
-        list(stream)
-    expected = generator.tokenizer.encode_chat(
-        begun, add_generation_prompt=False, continue_final_message=True
-    )
-    assert list(stream.result.prompt_token_ids) == expected
-    assert stream.result.prompt.endswith("model\nrefer")
-    (answer,) = generator.answer([begun], continue_final_message=True, max_new_tokens=6)
-    assert answer.token_ids == stream.result.token_ids
-
-
-def test_tools_reach_the_template(text_checkpoint: Any, scripted_session: Any) -> None:
-    folder = text_checkpoint("gemma1")
-    template = "{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}Names"
-    tokenizer = GemmaTokenizer(
-        Tokenizer.from_file(str(folder / "tokenizer.json")),
-        TokenizerSettings(chat_template=template),
-    )
-    generator = make_generator(text_checkpoint, scripted_session).with_tokenizer(tokenizer)
-    tools = [{"type": "function", "function": {"name": "sequence"}}]
-    for given, text in ((tools, "<bos>[sequence]Names"), (None, "<bos>Names")):
-        assert closed(generator.chat([USER], tools=given)).prompt == text
-        assert generator.answer([[USER]], tools=given, max_new_tokens=1)[0].prompt == text
-
-
-def test_progress_is_that_of_the_prompts(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session, prefill_chunk=4)
+def test_progress_is_that_of_the_prompts(scripted_generator: Any) -> None:
+    generator = scripted_generator(prefill_chunk=4)
     count = len(generator.tokenizer.encode("Names refer to objects."))
     assert count > 4
     told: list[tuple[int, int]] = []
@@ -348,51 +234,6 @@ def test_progress_is_that_of_the_prompts(text_checkpoint: Any, scripted_session:
     told.clear()
     generator.generate(["Names"] * 3, max_new_tokens=3, batch_size=2, on_progress=tell)
     assert [done == total for done, total in told].count(True) == 2
-
-
-USER = {"role": "user", "content": "Names"}
-
-
-def test_answers_are_those_of_chat(generator: TextGenerator) -> None:
-    chats = [[USER], [{"role": "user", "content": prompt} for prompt in PROMPTS[:1]]]
-    expected = []
-    for chat in chats:
-        with generator.chat(chat, max_new_tokens=12) as stream:
-            list(stream)
-        expected.append(stream.result)
-    for batch_size in (1, 2):
-        answers = generator.answer(chats, max_new_tokens=12, batch_size=batch_size)
-        for answer, result in zip(answers, expected, strict=True):
-            assert dataclasses.replace(answer, timings=result.timings) == result
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_each_answer_has_random_numbers_of_its_own(
-    generator: TextGenerator, batch_size: int
-) -> None:
-    options = GenerationOptions(max_new_tokens=12, temperature=2.0, seed=1)
-    answers = generator.answer([[USER]] * 3, options, batch_size=batch_size)
-    assert len({answer.token_ids for answer in answers}) == 3
-    with generator.chat([USER], options) as stream:
-        list(stream)
-    assert answers[0].token_ids == stream.result.token_ids
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "the chat has no messages"),
-        ([USER, {"role": "assistant", "content": "refer"}], "ends with the assistant's message"),
-        ([USER, {"role": "model", "content": "refer"}], "ends with the assistant's message"),
-    ],
-)
-def test_a_chat_with_nothing_to_answer_is_refused(
-    generator: TextGenerator, messages: Any, message: str
-) -> None:
-    with pytest.raises(RequestError, match=message):
-        generator.chat(messages)
-    with pytest.raises(RequestError, match=message):
-        generator.answer([[USER], messages])
 
 
 @pytest.mark.parametrize(
@@ -419,9 +260,9 @@ def test_requests_that_cannot_be(generator: TextGenerator, call: Any, message: s
 
 
 def test_ids_beyond_the_embedding_are_refused(
-    text_checkpoint: Any, scripted_session: Any, monkeypatch: pytest.MonkeyPatch
+    scripted_generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     monkeypatch.setattr(generator.tokenizer, "encode", lambda *_, **__: [2, 512])
     with pytest.raises(RequestError, match=r"prompt 1 holds token id 512; .* ids 0 to 511"):
         generator.generate("anything")
@@ -441,9 +282,9 @@ def test_ids_the_tokenizer_does_not_have_are_no_text(
 
 
 def test_a_long_prompt_is_refused_before_anything_runs(
-    text_checkpoint: Any, scripted_session: Any
+    scripted_generator: Any, scripted_session: Any
 ) -> None:
-    generator = make_generator(text_checkpoint, scripted_session, max_seq_len=16)
+    generator = scripted_generator(max_seq_len=16)
     with pytest.raises(PromptTooLongError, match="the KV cache holds 16"):
         generator.generate(["Names", "The for statement " * 9])
     assert scripted_session.steps == []
@@ -460,8 +301,8 @@ def test_max_seq_len_is_a_hard_capacity(text_bundle: Any) -> None:
         TextGenerator.open(source, max_seq_len=513)
 
 
-def test_the_cache_is_allocated_once(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session, max_seq_len=64)
+def test_the_cache_is_allocated_once(scripted_generator: Any, scripted_session: Any) -> None:
+    generator = scripted_generator(max_seq_len=64)
     allocated: list[tuple[int, int]] = []
     new_cache = scripted_session.new_cache
 
@@ -476,8 +317,10 @@ def test_the_cache_is_allocated_once(text_checkpoint: Any, scripted_session: Any
     assert allocated == [(3, 64)]
 
 
-def test_nan_is_an_error_and_leaves_no_trace(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+def test_nan_is_an_error_and_leaves_no_trace(
+    scripted_generator: Any, scripted_session: Any
+) -> None:
+    generator = scripted_generator()
     expected = generator.generate("Names", max_new_tokens=3)[0].token_ids
     scripted_session.steps.clear()
     scripted_session.logits_at_step = {1: float("nan")}
@@ -487,8 +330,10 @@ def test_nan_is_an_error_and_leaves_no_trace(text_checkpoint: Any, scripted_sess
     assert generator.generate("Names", max_new_tokens=3)[0].token_ids == expected
 
 
-def test_leaving_the_block_closes_the_session(text_checkpoint: Any, scripted_session: Any) -> None:
-    with make_generator(text_checkpoint, scripted_session):
+def test_leaving_the_block_closes_the_session(
+    scripted_generator: Any, scripted_session: Any
+) -> None:
+    with scripted_generator():
         assert not scripted_session.is_closed
     assert scripted_session.is_closed
 
@@ -518,7 +363,7 @@ print(sorted(name for name in ("torch", "onnx", "transformers") if name in sys.m
     assert done.stderr == ""
 
 
-def test_a_sessions_limits_hold(text_checkpoint: Any, scripted_session: Any) -> None:
+def test_a_sessions_limits_hold(scripted_generator: Any, scripted_session: Any) -> None:
     scripted_session.limits = SessionLimits(max_batch_size=3, max_seq_len=96, max_step_tokens=5)
     capacities: list[tuple[int, int]] = []
     allocate = scripted_session.new_cache
@@ -528,26 +373,25 @@ def test_a_sessions_limits_hold(text_checkpoint: Any, scripted_session: Any) -> 
         return allocate(batch_size, max_seq_len)
 
     scripted_session.new_cache = new_cache
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     assert generator.max_seq_len == 96
     results = generator.generate(PROMPTS, max_new_tokens=7, batch_size=8)
     assert [len(result.token_ids) for result in results] == [7] * 4
     assert capacities == [(3, 96)]  # the engine's own length, whatever a call needs
     assert max(rows for rows, _ in scripted_session.steps) == 3
     assert max(tokens for _, tokens in scripted_session.steps) == 5
-    unlimited = type(scripted_session)()
-    unbound = make_generator(text_checkpoint, unlimited)
-    expected = unbound.generate(PROMPTS, max_new_tokens=7)
+    scripted_session.limits = SessionLimits()
+    expected = scripted_generator().generate(PROMPTS, max_new_tokens=7)
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
 
 
 def test_a_request_beyond_the_engine_is_refused(
-    text_checkpoint: Any, scripted_session: Any
+    scripted_generator: Any, scripted_session: Any
 ) -> None:
     scripted_session.limits = SessionLimits(max_seq_len=8)
     with pytest.raises(RequestError, match=r"max_seq_len is 9; .* 1 to 8 tokens .*engine's build"):
-        make_generator(text_checkpoint, scripted_session, max_seq_len=9)
-    generator = make_generator(text_checkpoint, scripted_session)
+        scripted_generator(max_seq_len=9)
+    generator = scripted_generator()
     with pytest.raises(PromptTooLongError, match=r"the KV cache holds 8: .*larger --max-seq-len"):
         generator.generate("Names " * 20)
     assert scripted_session.steps == []

@@ -14,7 +14,6 @@ from gemma_deploy.errors import RequestError, SessionError
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.streaming import TextStream
 from gemma_deploy.runtime.text_generator import TextGenerator
-from gemma_deploy.tokenizer import GemmaTokenizer
 
 PROMPTS = [
     "The for statement",
@@ -39,16 +38,10 @@ def generator(
 
 
 @pytest.fixture
-def scripted(text_checkpoint: Any, scripted_session: Any) -> TextGenerator:
+def scripted(scripted_generator: Any) -> TextGenerator:
     """A generator whose model is a script; steps may be made to wait."""
-    folder = text_checkpoint("gemma1")
-    scripted_session.vocab_size = 512
-    return TextGenerator(
-        scripted_session,
-        GemmaTokenizer.from_pretrained(folder),
-        ModelSource.open(folder),
-        prefill_chunk=4,
-    )
+    generator: TextGenerator = scripted_generator(prefill_chunk=4)
+    return generator
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
