@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.runtime.pipeline import TextGenerationPipeline
     from gemma_deploy.runtime.text_generator import TextGenerator
     from gemma_deploy.tensorrt import Flavour
+    from gemma_deploy.tokenizer import GemmaTokenizer
 
 TASK = "text-generation"
 
@@ -64,6 +65,7 @@ def export(  # noqa: PLR0913  # a keyword for each decision
     """
     from gemma_deploy.exporters.export import export_checkpoint
     from gemma_deploy.graph_spec import CACHE_DTYPE_BYTES, DTYPE_BYTES, LOWERINGS
+    from gemma_deploy.text_files import read_text
 
     for name, given, known in (
         ("dtype", dtype, tuple(DTYPE_BYTES)),
@@ -88,7 +90,7 @@ def export(  # noqa: PLR0913  # a keyword for each decision
         cache_dtype=cache_dtype,
         graphs=graphs,
         quantization=quantization,
-        calibration_text=None if calibration_text is None else _text(Path(calibration_text)),
+        calibration_text=None if calibration_text is None else read_text(Path(calibration_text)),
         is_calibrated=is_calibrated,
         force=force,
         on_progress=on_progress,
@@ -158,31 +160,39 @@ def pack(
     )
 
 
-def load(
+def load(  # a keyword for each decision
     path: str | Path,
     backend: str = "auto",
-    device: str = "auto",
+    device: object = "auto",
     max_seq_len: int | None = None,
     threads: int | None = None,
     prepacked_cache: str | Path | None = None,
+    *,
+    dtype: object = None,
 ) -> TextGenerator:
     """Load a model to generate with; use it as a context manager.
 
     A bundle runs on ONNX Runtime and imports no torch; a checkpoint runs on the eager torch model; an
-    engine runs on TensorRT.
+    engine runs on TensorRT. What is returned may be used from several threads: they take turns, and
+    each gets the text it would get alone (see `TextGenerator`).
 
     Args:
         path: A bundle folder, as `export` writes it, a checkpoint folder, or an engine that
             `gemma-deploy pack` wrote.
         backend: `auto`, `onnxruntime` (bundles), `torch` (checkpoints), or `tensorrt` or
             `tensorrt-rtx` (packed engines, and bundles with engines that `gemma-deploy build` built).
-        device: `auto` (CUDA where it works), `cpu`, `cuda` or `cuda:N`.
+        device: `auto` (CUDA where it works), `cpu`, `cuda` or `cuda:N`; or N, or -1 for the CPU; or a
+            `torch.device`.
         max_seq_len: Capacity of the KV cache in tokens, allocated once; None for what each call
             needs, up to what the model is made for.
-        threads: Threads of the CPU kernels; None for one per core.
+        threads: Threads of the CPU kernels, at most 4 for each core that this process may use; None
+            for one per core. With the torch backend it holds for the whole process.
         prepacked_cache: Folder where ONNX Runtime keeps a bundle's weights in the layout that this
             machine's CPU multiplies with, so that later loads are quick and share them
             (docs/prepacked-cache.md); None for nowhere.
+        dtype: What a checkpoint is loaded in: `float32`, `float16` or `bfloat16`, or torch's own of
+            these names; None or `auto` for the checkpoint's own. A bundle or an engine has its own
+            already: another one is refused.
 
     Returns:
         A `TextGenerator` with `generate`, `stream` and `chat`.
@@ -191,30 +201,39 @@ def load(
         RequestError: `path` is no model folder, or an option is out of range.
         BundleError: The bundle is damaged, or newer than this gemma-deploy.
         CheckpointError: The checkpoint is damaged.
+        ConfigError: The model is no Gemma, or its generation_config.json holds what no model can have.
         BackendUnavailableError: The backend's package or the device is not here.
         EngineError: The engine is damaged, or of another library version or GPU; or the bundle has
             none that fits.
         SessionError: The backend failed to load the model.
+
+    Warns:
+        GenerationConfigWarning: generation_config.json has fields that are not implemented.
     """
     from gemma_deploy.runtime.source import ModelSource
     from gemma_deploy.runtime.text_generator import TextGenerator
 
     return TextGenerator.open(
-        ModelSource.open(Path(path)),
+        ModelSource.open(path),
         backend=backend,
         device=device,
         max_seq_len=max_seq_len,
         threads=threads,
         prepacked_cache=None if prepacked_cache is None else Path(prepacked_cache),
+        dtype=dtype,
     )
 
 
-def pipeline(
-    task: str = TASK,
+def pipeline(  # noqa: PLR0913  # transformers' keywords, and ours
+    task: str | None = TASK,
     model: str | Path | TextGenerator | None = None,
     *,
+    tokenizer: str | Path | GemmaTokenizer | None = None,
+    dtype: object = None,
+    torch_dtype: object = None,
+    device: object = None,
+    device_map: object = None,
     backend: str = "auto",
-    device: str = "auto",
     max_seq_len: int | None = None,
     threads: int | None = None,
     prepacked_cache: str | Path | None = None,
@@ -224,32 +243,46 @@ def pipeline(
 
     Args:
         task: Only `text-generation`.
-        model: A bundle or checkpoint folder, or what `load` returned.
-        backend: As for `load`, like the next four; a loaded model already has its own.
-        device: As for `load`.
+        model: A bundle, checkpoint or engine folder, or what `load` returned; or, if there is no such
+            folder, a model's name on the hub, which is downloaded and run by the torch backend.
+        tokenizer: A loaded `GemmaTokenizer`, or the folder of one, in place of the model's own.
+        dtype: As for `load`.
+        torch_dtype: transformers' older name of `dtype`.
+        device: As for `load`, or a `torch.device`; None for CUDA where it works.
+        device_map: In place of `device`: `auto`, a device, or `{"": device}`, the whole model on one.
+        backend: As for `load`, like the next three; a loaded model already has its own.
         max_seq_len: As for `load`.
         threads: As for `load`.
         prepacked_cache: As for `load`.
         **defaults: Keyword arguments for every call, such as `max_new_tokens`.
 
     Raises:
-        RequestError: Another task, no model, or an unknown keyword argument; and as `load`.
+        RequestError: Another task, no model, an unknown keyword argument, both `device` and
+            `device_map`, or what a loaded model does not have; and as `load`.
+        HubError: The model cannot be downloaded.
+        TokenizerError: The tokenizer cannot be read.
     """
-    from gemma_deploy.runtime.pipeline import TextGenerationPipeline, check_keywords
+    from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+    from gemma_deploy.runtime.pipeline_model import (
+        check_loaded,
+        model_folder,
+        placed,
+        read_tokenizer,
+    )
+    from gemma_deploy.runtime.pipeline_settings import check_keywords
     from gemma_deploy.runtime.text_generator import TextGenerator
 
-    if task != TASK:
+    if task not in (TASK, None):
         raise RequestError(f"task is {task!r}; gemma-deploy has only {TASK!r}")
-    if model is None:
-        raise RequestError("model is missing: give the folder of a bundle or of a checkpoint")
     check_keywords(defaults)  # before a large model is loaded
-    if not isinstance(model, TextGenerator):
-        model = load(model, backend, device, max_seq_len, threads, prepacked_cache)
-    return TextGenerationPipeline(model, **defaults)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise RequestError(f"{path} cannot be read as UTF-8 text: {err}") from err
+    place = placed(device, device_map)
+    dtype = torch_dtype if dtype is None or dtype == "auto" else dtype
+    other = None if tokenizer is None else read_tokenizer(tokenizer)
+    if isinstance(model, TextGenerator):
+        check_loaded(model, place, dtype)
+    else:
+        folder = model_folder(model)
+        model = load(folder, backend, place, max_seq_len, threads, prepacked_cache, dtype=dtype)
+    return TextGenerationPipeline(
+        model if other is None else model.with_tokenizer(other), **defaults
+    )

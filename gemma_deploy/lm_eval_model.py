@@ -124,7 +124,7 @@ class GemmaDeployLM(LM):  # type: ignore[misc]  # lm-eval is optional: its types
         Args:
             requests: Instances, whose `args` are (context, keywords): `until`, `max_gen_toks`,
                 `do_sample`, `temperature`, `top_k`, `top_p`. Without `do_sample` or a `temperature`
-                above 0 decoding is greedy.
+                above 0 decoding is greedy, whatever the model's generation_config.json says.
             disable_tqdm: Not used.
         """
         return self._answers("generate_until", requests, self._generated)
@@ -148,8 +148,8 @@ class GemmaDeployLM(LM):  # type: ignore[misc]  # lm-eval is optional: its types
 
     def _continuation(self, context: str, continuation: str) -> tuple[float, bool]:
         stripped = context.rstrip()
-        bos, *before = self._tokenizer.encode(stripped, add_bos=True)
-        _, *whole = self._tokenizer.encode(context + continuation, add_bos=True)
+        bos, *before = self._tokenizer.encode(stripped, add_bos=True, add_eos=False)
+        _, *whole = self._tokenizer.encode(context + continuation, add_bos=True, add_eos=False)
         wanted = whole[len(before) :]
         if len(wanted) > self.max_length:
             raise RequestError(
@@ -160,7 +160,7 @@ class GemmaDeployLM(LM):  # type: ignore[misc]  # lm-eval is optional: its types
         return self._scored(bos, whole[-self.max_length :], len(wanted))
 
     def _text(self, text: str) -> float:
-        bos, *token_ids = self._tokenizer.encode(text, add_bos=True)
+        bos, *token_ids = self._tokenizer.encode(text, add_bos=True, add_eos=False)
         parts = windows(len(token_ids), self.max_length, self.max_length)
         return sum(
             self._scored(bos, token_ids[part.start : part.stop], part.stop - part.first)[0]
@@ -180,15 +180,15 @@ class GemmaDeployLM(LM):  # type: ignore[misc]  # lm-eval is optional: its types
         return total, is_greedy
 
     def _generated(self, context: str, keywords: Mapping[str, Any]) -> str:
-        options = _options(keywords)
+        new_tokens = int(keywords.get("max_gen_toks", _DEFAULT_NEW_TOKENS))
+        options = _options(keywords, new_tokens)
         until = keywords.get("until") or ()
         stops = (until,) if isinstance(until, str) else tuple(until)
-        token_ids = self._tokenizer.encode(context, add_bos=True)
-        room = self.max_length - options.max_new_tokens
+        token_ids = self._tokenizer.encode(context, add_bos=True, add_eos=False)
+        room = self.max_length - new_tokens
         if room < 1:
             raise RequestError(
-                f"max_gen_toks is {options.max_new_tokens:,}; it must be below max_length, "
-                f"{self.max_length:,}"
+                f"max_gen_toks is {new_tokens:,}; it must be below max_length, {self.max_length:,}"
             )
         if len(token_ids) > room:
             context = self._tokenizer.decode(
@@ -204,16 +204,17 @@ class GemmaDeployLM(LM):  # type: ignore[misc]  # lm-eval is optional: its types
         return text
 
 
-def _options(keywords: Mapping[str, Any]) -> GenerationOptions:
+def _options(keywords: Mapping[str, Any], new_tokens: int) -> GenerationOptions:
+    """Return what a task asks for; a measurement leaves nothing to generation_config.json."""
     temperature = keywords.get("temperature") or None
-    new_tokens = int(keywords.get("max_gen_toks", _DEFAULT_NEW_TOKENS))
     if not keywords.get("do_sample", temperature is not None):
-        return GenerationOptions(max_new_tokens=new_tokens)
+        temperature = 0.0
     return GenerationOptions(
         max_new_tokens=new_tokens,
         temperature=1.0 if temperature is None else temperature,
-        top_k=keywords.get("top_k"),
-        top_p=keywords.get("top_p"),
+        top_k=keywords.get("top_k") or 0,
+        top_p=keywords.get("top_p") or 1.0,
+        repetition_penalty=1.0,
     )
 
 

@@ -1,18 +1,32 @@
-"""Batches that take turns in one KV cache: `BatchRunner`."""
+"""Batches of several threads on one session, a step at a time: `BatchRunner`."""
 
+import contextlib
 from collections.abc import Callable, Collection, Generator, Sequence
 
-from gemma_deploy.errors import GemmaDeployError
+from gemma_deploy.errors import GemmaDeployError, SessionError
+from gemma_deploy.runtime.cache_pool import CachePool
 from gemma_deploy.runtime.capacity import cache_capacity, check_token_ids
-from gemma_deploy.runtime.generator import BatchGeneration
+from gemma_deploy.runtime.generator import BatchGeneration, never
 from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.sessions.session import KVCache, Session
+from gemma_deploy.runtime.turns import Turns
+
+OnProgress = Callable[[int, int], object]
+"""Called with the prompts' tokens that are read and with how many there are."""
+
+
+def ignore(_done: int, _total: int) -> None:
+    """Do nothing: the progress that nobody follows."""
 
 
 class BatchRunner:
-    """Keeps a KV cache from one batch to the next, as long as it is large enough.
+    """Runs batches, each in a KV cache of its own; safe to use from several threads.
 
-    A new batch cancels the one before it, whose tokens it overwrites.
+    A step writes its logits where the next one does, so a step and the choice of tokens from its
+    logits are one unit: threads take turns at these units in `steps`, and at whole batches in `run`.
+
+    Attributes:
+        max_batch_size: Most rows of a batch; None for any number.
     """
 
     def __init__(
@@ -21,31 +35,34 @@ class BatchRunner:
         """Prepare; nothing is allocated yet.
 
         Args:
-            session: What runs the steps.
+            session: What runs the steps; nothing else may run steps of it meanwhile.
             max_seq_len: Capacity of the cache, in tokens; None for what each call needs, or for the
                 session's where that is fixed.
             limit: Longest sequence the model and the session are made for, in tokens.
             prefill_chunk: Most tokens of a prompt in one step, where the session takes as many.
         """
         limits = session.limits
+        self.max_batch_size = limits.max_batch_size
         self._session = session
         self._max_seq_len = limits.max_seq_len if max_seq_len is None else max_seq_len
         self._limit = limit
         self._prefill_chunk = min(prefill_chunk, limits.max_step_tokens or prefill_chunk)
-        self._cache: KVCache | None = None
-        self._batch: BatchGeneration | None = None
+        self._caches = CachePool(session)
+        self._turns = Turns()
+        self._is_closed = False
 
     def capacity(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> int:
         """Check a call's prompts; return how many tokens a row must hold in all its batches.
 
         Raises:
-            RequestError: An empty prompt, or token ids the model does not have.
+            RequestError: An empty prompt, or token ids the model does not have; or a prompt that
+                leaves no room in `options.max_length`.
             PromptTooLongError: A prompt that does not fit.
+            SessionError: The runner is closed.
         """
+        self._check_open()
         check_token_ids(prompts, self._session.config.vocab_size)
-        return cache_capacity(
-            prompts, options.max_new_tokens, max_seq_len=self._max_seq_len, limit=self._limit
-        )
+        return cache_capacity(prompts, options, max_seq_len=self._max_seq_len, limit=self._limit)
 
     def start(
         self,
@@ -56,7 +73,7 @@ class BatchRunner:
         stop_token_ids: Collection[int],
         first_row: int = 0,
     ) -> BatchGeneration:
-        """Cancel the batch before and return a new one that has not run yet.
+        """Return a batch that has not run yet; it has a cache from its first step to its last.
 
         Args:
             prompts: Token ids of each row.
@@ -64,53 +81,104 @@ class BatchRunner:
             capacity: Tokens a row must hold.
             stop_token_ids: Tokens that end a row.
             first_row: Number of the first row among all rows of the call.
-
-        Raises:
-            SessionError: There is not enough memory for the cache.
         """
-        if self._batch is not None:
-            self._batch.cancel()
-        self._batch = BatchGeneration(
+        return BatchGeneration(
             self._session,
-            self._cache_for(len(prompts), capacity),
+            None,
             prompts,
             options,
+            max_seq_len=capacity,
             stop_token_ids=stop_token_ids,
             first_row=first_row,
             prefill_chunk=self._prefill_chunk,
         )
-        return self._batch
 
     def steps(
-        self, batch: BatchGeneration, is_cancelled: Callable[[], bool]
+        self,
+        batch: BatchGeneration,
+        is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
     ) -> Generator[list[int]]:
-        """Run a batch's steps; after an error the cache is not used again."""
+        """Run a batch as `BatchGeneration.steps` does, one turn for each step.
+
+        Args:
+            batch: From `start`.
+            is_cancelled: Asked before each step.
+            on_progress: Called before the first step and after each that reads a part of the prompts.
+
+        Raises:
+            NonFiniteLogitsError: The model put out NaN or infinity.
+            SessionError: The backend failed, there is not enough memory for the cache, or the runner
+                was closed.
+        """
+        steps = batch.single_steps(is_cancelled)
+        cache: KVCache | None = None
         try:
-            yield from batch.steps(is_cancelled)
+            with contextlib.suppress(KeyboardInterrupt):
+                on_progress(0, batch.num_prompt_tokens)
+                with self._turn():
+                    cache = self._caches.take(len(batch.rows), batch.max_seq_len)
+                    batch.cache = cache.rows(0, len(batch.rows))
+                is_reading = True
+                while (active := self._next(steps)) is not None:
+                    if is_reading:
+                        on_progress(batch.num_read_tokens, batch.num_prompt_tokens)
+                    if active:
+                        is_reading = False
+                        yield active
         except GemmaDeployError:
             # The step may have left NaN in the cache: a masked position's zero weight times NaN is NaN.
-            self.free()
+            cache = None
             raise
+        finally:
+            steps.close()
+            batch.cancel()
+            batch.cache = None
+            if cache is not None and not self._is_closed:
+                self._caches.give_back(cache)
 
-    def run(self, batch: BatchGeneration, is_cancelled: Callable[[], bool]) -> bool:
-        """Run a batch to its end; return whether it was cancelled, by Ctrl-C too."""
+    def run(
+        self,
+        batch: BatchGeneration,
+        is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
+    ) -> bool:
+        """Run a batch to its end in one turn; return whether it was cancelled, by Ctrl-C too."""
         try:
-            for _ in self.steps(batch, is_cancelled):
-                pass
+            with self._turns.taken():
+                for _ in self.steps(batch, is_cancelled, on_progress):
+                    pass
         except KeyboardInterrupt:
             batch.cancel()
         return any(row.finish_reason == "cancelled" for row in batch.rows)
 
     def free(self) -> None:
-        """Let go of the cache."""
-        self._cache = self._batch = None
+        """Let go of the cache that is idle."""
+        self._caches.free()
 
-    def _cache_for(self, batch_size: int, capacity: int) -> KVCache:
-        """Return rows of the cache of earlier calls where they suffice, of a new one otherwise."""
-        if self._cache is not None and not (
-            self._cache.batch_size >= batch_size and self._cache.max_seq_len >= capacity
-        ):
-            self.free()  # before its successor is allocated
-        if self._cache is None:
-            self._cache = self._session.new_cache(batch_size, capacity)
-        return self._cache.rows(0, batch_size)
+    def close(self) -> None:
+        """Close the session once the step that runs has ended; other steps are refused from now on."""
+        self._is_closed = True
+        with self._turns.taken():
+            self._caches.free()
+            self._session.close()
+
+    def _next(self, steps: Generator[list[int]]) -> list[int] | None:
+        """Run one step and choose from its logits; return None after the last one."""
+        with self._turn():
+            return next(steps, None)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Generator[None]:
+        """Have the session to oneself.
+
+        Raises:
+            SessionError: The runner is closed.
+        """
+        with self._turns.taken():
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionError("the model is closed: load it again")

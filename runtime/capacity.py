@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from gemma_deploy.errors import PromptTooLongError, RequestError
+from gemma_deploy.runtime.request import GenerationOptions
 
 _GRANULARITY_TOKENS = 256
 
@@ -14,9 +15,9 @@ def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     are checked.
 
     Raises:
-        RequestError: With the number of the prompt, from 0.
+        RequestError: With the number of the prompt, from 1.
     """
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise RequestError(f"prompt {number} is empty: give at least one token")
         for token_id in (min(prompt), max(prompt)):
@@ -29,22 +30,31 @@ def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def cache_capacity(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, *, max_seq_len: int | None, limit: int
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    *,
+    max_seq_len: int | None,
+    limit: int,
 ) -> int:
     """Return how many tokens a row of the KV cache must hold.
 
     Args:
         prompts: Token ids.
-        max_new_tokens: Most tokens to generate; where they do not fit, generation ends with the
-            cache.
+        options: How many tokens to generate; where they do not fit, generation ends with the cache.
         max_seq_len: The capacity the user wants; None for what the prompts need.
         limit: Longest sequence the model, or the engine that runs it, is made for.
 
     Raises:
-        PromptTooLongError: A prompt does not fit.
+        PromptTooLongError: A prompt does not fit, or leaves no room in `options.max_length`.
     """
     capacity = limit if max_seq_len is None else max_seq_len
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
+        if options.most_new_tokens(len(prompt)) < 1:
+            raise PromptTooLongError(
+                f"prompt {number} has {len(prompt):,} tokens, and max_length, {options.max_length:,} "
+                "tokens, counts those too: there is no room for a new one. Choose a larger "
+                "max_length, or max_new_tokens instead"
+            )
         if len(prompt) > capacity:
             remedy = (
                 "shorten it; the model (or its engine, which a larger --max-seq-len builds) is not made "
@@ -57,7 +67,7 @@ def cache_capacity(
             )
     if max_seq_len is not None:
         return max_seq_len
-    needed = max(len(prompt) for prompt in prompts) + max_new_tokens
+    needed = max(len(prompt) + options.most_new_tokens(len(prompt)) for prompt in prompts)
     rounded = -(-needed // _GRANULARITY_TOKENS) * _GRANULARITY_TOKENS
     return min(rounded, limit)
 

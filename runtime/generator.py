@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
 
 import numpy as np
@@ -39,15 +39,18 @@ class BatchGeneration:
 
     Attributes:
         rows: One for each prompt, in their order.
+        cache: Where keys and values are; None where there is no step to come.
+        max_seq_len: Most tokens of a row in the cache.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a keyword for each decision
         self,
         session: Session,
-        cache: KVCache,
+        cache: KVCache | None,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
+        max_seq_len: int | None = None,
         stop_token_ids: Collection[int] = (),
         first_row: int = 0,
         prefill_chunk: int = PREFILL_CHUNK_TOKENS,
@@ -57,37 +60,54 @@ class BatchGeneration:
         Args:
             session: What runs the steps.
             cache: Of as many rows as there are prompts, each long enough for its prompt; its
-                contents are overwritten.
+                contents are overwritten. None if `cache` is set before the first step.
             prompts: B lists of token ids, none empty, each id below V.
-            options: How to choose tokens and when to stop.
+            options: How to choose tokens and when to stop; what is None is as
+                `GenerationOptions` has it for a model that says nothing of its own.
+            max_seq_len: Most tokens of a row in the cache; None for all that fit.
             stop_token_ids: Tokens that end a row.
-            first_row: Number of the first row among all rows of the call; with the seed it decides
-                the random numbers, and errors name it.
+            first_row: Number of the first row among all rows of the call, from 0; with the seed it
+                decides the random numbers. Errors count from 1.
             prefill_chunk: Most tokens of a row in one step, which bounds the activations' memory.
         """
+        if max_seq_len is None:
+            if cache is None:
+                raise ValueError("a batch without a cache needs max_seq_len")
+            max_seq_len = cache.max_seq_len
+        self.cache = cache
+        self.max_seq_len = max_seq_len
         self._session = session
-        self._cache = cache
-        self._max_new_tokens = options.max_new_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
         self._first_row = first_row
         self._prefill_chunk = prefill_chunk
         self._method = sampling_method(options)
-        has_penalty = options.repetition_penalty != 1
-        self._penalty = RepetitionPenalty(options.repetition_penalty) if has_penalty else None
+        penalty = options.repetition_penalty
+        self._penalty = None if penalty in (None, 1) else RepetitionPenalty(penalty)
         # A penalty may lift any token into the largest.
-        self._num_candidates = None if has_penalty else self._method.num_candidates
+        self._num_candidates = self._method.num_candidates if self._penalty is None else None
         seed = secrets.randbits(64) if options.seed is None else options.seed
         self.rows = [
             Row(
                 prompt,
-                min(cache.max_seq_len + 1, len(prompt) + options.max_new_tokens),
+                # The last token needs no place in the cache: nothing is read after it.
+                min(max_seq_len + 1, len(prompt) + options.most_new_tokens(len(prompt))),
                 np.random.default_rng([seed, number]),
             )
             for number, prompt in enumerate(prompts, start=first_row)
         ]
 
-    def steps(self, is_cancelled: Callable[[], bool] = never) -> Iterator[list[int]]:
-        """Run the batch; after each step yield the indexes of the rows that got a token.
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts together."""
+        return sum(row.prompt_length for row in self.rows)
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens of the prompts that were read so far."""
+        return sum(min(row.num_cached, row.prompt_length) for row in self.rows)
+
+    def steps(self, is_cancelled: Callable[[], bool] = never) -> Generator[list[int]]:
+        """Run the batch; after each new token yield the indexes of the rows that got one.
 
         However it ends (to the end, `is_cancelled` returning True, Ctrl-C, the iterator closed), every
         row then has a finish reason and keeps the tokens it got.
@@ -98,6 +118,14 @@ class BatchGeneration:
         Raises:
             NonFiniteLogitsError: The model put out NaN or infinity.
             SessionError: The backend failed.
+        """
+        with contextlib.closing(self.single_steps(is_cancelled)) as steps:
+            yield from filter(None, steps)
+
+    def single_steps(self, is_cancelled: Callable[[], bool] = never) -> Generator[list[int]]:
+        """As `steps`, but also yield, an empty list, after each chunk of a long prompt.
+
+        Between two items nothing is kept in the session's memory: it may run other steps there.
         """
         try:
             with contextlib.suppress(KeyboardInterrupt):
@@ -110,26 +138,30 @@ class BatchGeneration:
         for row in self.rows:
             row.finish("cancelled")
 
-    def _steps(self, is_cancelled: Callable[[], bool]) -> Iterator[list[int]]:
-        run: Callable[[], StepLogits | None] = partial(self._prefill, is_cancelled)
+    def _steps(self, is_cancelled: Callable[[], bool]) -> Generator[list[int]]:
         for row in self.rows:
             row.start()
-        while (active := self._active()) and not is_cancelled():
-            logits = run()
-            if logits is None:
-                return
+        logits = yield from self._prefill(is_cancelled)
+        while logits is not None and (active := self._active()):
             self._append(active, logits)
             yield active
-            run = self._decode
+            logits = None if self._is_over(is_cancelled) else self._decode()
 
     def _active(self) -> list[int]:
         return [index for index, row in enumerate(self.rows) if row.finish_reason is None]
 
-    def _prefill(self, is_cancelled: Callable[[], bool]) -> StepLogits | None:
+    def _is_over(self, is_cancelled: Callable[[], bool]) -> bool:
+        return not self._active() or is_cancelled()
+
+    def _prefill(
+        self, is_cancelled: Callable[[], bool]
+    ) -> Generator[list[int], None, StepLogits | None]:
         """Run the prompts; return each row's logits at its last token, None if cancelled."""
         longest = max(row.prompt_length for row in self.rows)
         if longest > self._prefill_chunk:
-            return self._prefill_in_chunks(is_cancelled)
+            return (yield from self._prefill_in_chunks(is_cancelled))
+        if self._is_over(is_cancelled):
+            return None
         # Padded with the row's own last token: a stranger's key or value may be NaN, and NaN gets
         # through a mask as zero weight times NaN.
         input_ids = np.array([[row.last_token] * longest for row in self.rows], np.int64)
@@ -140,7 +172,9 @@ class BatchGeneration:
         start = np.zeros(len(self.rows), np.int64)
         return self._step(input_ids, start, last)
 
-    def _prefill_in_chunks(self, is_cancelled: Callable[[], bool]) -> StepLogits | None:
+    def _prefill_in_chunks(
+        self, is_cancelled: Callable[[], bool]
+    ) -> Generator[list[int], None, StepLogits | None]:
         """Run each row by itself, one chunk after the other.
 
         All logits of a row's last chunk are taken: rows with all and rows with the largest, which ties
@@ -149,21 +183,28 @@ class BatchGeneration:
         xp = self._session.xp
         last_logits = []
         for index, row in enumerate(self.rows):
-            cache = self._cache.rows(index, index + 1)
+            cache = self._batch_cache().rows(index, index + 1)
             while row.num_cached < row.prompt_length:
-                if is_cancelled():
+                if self.num_read_tokens:
+                    yield []
+                if self._is_over(is_cancelled):
                     return None
                 chunk = row.sequence[None, row.num_cached :][:, : self._prefill_chunk]
                 start = np.array([row.num_cached], np.int64)
                 last = np.array([[chunk.shape[1] - 1]], np.int64)
-                row.num_cached += chunk.shape[1]
-                is_last = row.num_cached == row.prompt_length
+                is_last = row.num_cached + chunk.shape[1] == row.prompt_length
                 wanted = None if is_last else 1
                 found = self._session.step(chunk, start, last, cache, num_candidates=wanted)
+                row.num_cached += chunk.shape[1]
                 if is_last:
                     # The session's next step writes into the same memory.
                     last_logits.append(xp.asarray(found.logits, copy=True))
         return StepLogits(xp.concat(last_logits, axis=0))
+
+    def _batch_cache(self) -> KVCache:
+        if self.cache is None:
+            raise ValueError("the batch has no cache: set it before the first step")
+        return self.cache
 
     def _decode(self) -> StepLogits:
         """Run one token of each row; return the logits.
@@ -185,7 +226,7 @@ class BatchGeneration:
         self, input_ids: Int64Array, input_pos: Int64Array, logits_index: Int64Array
     ) -> StepLogits:
         """Run a step of the batch, for the largest logits where they decide and for all otherwise."""
-        run = partial(self._session.step, input_ids, input_pos, logits_index, self._cache)
+        run = partial(self._session.step, input_ids, input_pos, logits_index, self._batch_cache())
         found = run(num_candidates=self._num_candidates)
         if found.token_ids is None or all(
             self._method.is_decided_by(found.logits[index, 0, :]) for index in self._active()
@@ -208,10 +249,7 @@ class BatchGeneration:
             row.append(token_id)
             if token_id in self._stop_token_ids:
                 row.finish("stop")
-            elif (
-                row.num_new_tokens == self._max_new_tokens
-                or row.num_cached == self._cache.max_seq_len
-            ):
+            elif row.is_full:
                 row.finish("length")
 
     def _of_rows(self, array: Array, active: list[int]) -> Array:
@@ -233,7 +271,7 @@ class BatchGeneration:
         index = active[highest.index(None)]
         row = self.rows[index]
         raise NonFiniteLogitsError(
-            f"the model put out NaN or infinity for prompt {self._first_row + index}, new token "
+            f"the model put out NaN or infinity for prompt {self._first_row + index + 1}, new token "
             f"{row.num_new_tokens + 1} (after {len(row.sequence)} tokens of sequence): no token can "
             "be chosen. A float16 model most likely overflowed: export it with --dtype bfloat16 or "
             "float32. Otherwise the checkpoint's weights or the input are at fault: check with "

@@ -12,7 +12,8 @@ class Timings:
         prompt_tokens: Tokens of the prompt.
         new_tokens: Tokens generated, the one that ended the text included.
         ttft_s: Seconds from the start of the row's batch to its first token; None without a token.
-        total_s: Seconds from the start of the row's batch to its last token; 0 without a token.
+        total_s: Seconds from the start of the row's batch to its last token; without a token, to the
+            row's end (0 if it never started).
     """
 
     prompt_tokens: int

@@ -32,12 +32,13 @@ class Row:
         self.num_cached = 0
         self.finish_reason: FinishReason | None = None
         self.random = random
+        self._capacity = capacity
         self._sequence = np.empty(max(capacity, len(prompt)), np.int64)
         self._sequence[: len(prompt)] = prompt
         self._length = len(prompt)
-        self._started_s = 0.0
+        self._started_s: float | None = None
         self._first_token_s: float | None = None
-        self._last_token_s: float | None = None
+        self._ended_s: float | None = None
 
     @property
     def sequence(self) -> Int64Array:
@@ -55,6 +56,11 @@ class Row:
         return tuple(self.sequence[self.prompt_length :].tolist())
 
     @property
+    def is_full(self) -> bool:
+        """Whether the row has come to the most tokens it can."""
+        return self._length >= self._capacity
+
+    @property
     def last_token(self) -> int:
         """The sequence's last token."""
         return int(self._sequence[self._length - 1])
@@ -67,23 +73,28 @@ class Row:
         """Add a generated token."""
         self._sequence[self._length] = token_id
         self._length += 1
-        self._last_token_s = time.perf_counter()
+        self._ended_s = time.perf_counter()
         if self._first_token_s is None:
-            self._first_token_s = self._last_token_s
+            self._first_token_s = self._ended_s
 
     def finish(self, reason: FinishReason) -> None:
         """End the row, unless it has ended."""
         if self.finish_reason is None:
             self.finish_reason = reason
+            if self._first_token_s is None:
+                self._ended_s = time.perf_counter()
 
     def timings(self) -> Timings:
-        """Return how long the row took to its last token: what came after it was waiting."""
+        """Return how long the row took to its last token: what came after it was waiting.
+
+        A row without a token took until it was ended.
+        """
         return Timings(
             prompt_tokens=self.prompt_length,
             new_tokens=self.num_new_tokens,
             ttft_s=self._since_start(self._first_token_s),
-            total_s=self._since_start(self._last_token_s) or 0.0,
+            total_s=self._since_start(self._ended_s) or 0.0,
         )
 
     def _since_start(self, time_s: float | None) -> float | None:
-        return None if time_s is None else time_s - self._started_s
+        return None if time_s is None or self._started_s is None else time_s - self._started_s

@@ -4,14 +4,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gemma_deploy.bundle import GENERATION_FILE, Bundle
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
+from gemma_deploy.hub import is_hub_id
 from gemma_deploy.manifest import MANIFEST_FILE
+from gemma_deploy.runtime.generation_config import GenerationDefaults
+
+_USUAL_FOLDERS: Final = frozenset(
+    {"build", "bundles", "checkpoints", "data", "dist", "engines", "models", "out", "output", "tmp"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +41,11 @@ class ModelSource:
     max_seq_len: int
 
     @classmethod
-    def open(cls, path: Path) -> "ModelSource":
+    def open(cls, given: str | Path) -> "ModelSource":
         """Open a bundle (manifest.json), a packed engine (engine.json) or a checkpoint (config.json).
+
+        Args:
+            given: The folder.
 
         Raises:
             RequestError: The path is none of them, or an engine without its tokenizer.
@@ -45,6 +54,12 @@ class ModelSource:
             ConfigError: The checkpoint's config is not a Gemma's.
             CheckpointError: generation_config.json cannot be read.
         """
+        if not isinstance(given, str | Path):
+            raise RequestError(
+                f"the model is {given!r} ({type(given).__name__}); expected the path of a bundle, a checkpoint or "
+                "an engine"
+            )
+        path = Path(given).expanduser()
         if (path / MANIFEST_FILE).is_file():
             bundle = Bundle.open(path)
             return cls(
@@ -58,7 +73,7 @@ class ModelSource:
         if (path / ENGINE_FILE).is_file():
             return cls._of_engine(EngineFolder.open(path))
         if not (path / CONFIG_FILE).is_file():
-            raise RequestError(_explain_missing(path))
+            raise RequestError(_explain_missing(path, str(given)))
         config = GemmaConfig.from_file(path)
         return cls(
             folder=path,
@@ -87,24 +102,60 @@ class ModelSource:
         )
 
     @property
+    def generation_place(self) -> str:
+        """What errors call the file that `generation_config` was read from."""
+        return str(self.folder / GENERATION_FILE)
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """Return what generation_config.json says of the choice of tokens.
+
+        Raises:
+            ConfigError: It holds what no model can have.
+        """
+        return GenerationDefaults.parse(self.generation_config, self.generation_place)
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end a text, by config.json and generation_config.json together."""
-        stated = self.generation_config.get("eos_token_id")
-        listed = stated if isinstance(stated, list) else [stated]
-        return frozenset(self.config.eos_token_ids) | {i for i in listed if isinstance(i, int)}
+        """The tokens that end a text, by config.json and generation_config.json together.
+
+        Raises:
+            ConfigError: As `generation_defaults`.
+        """
+        return frozenset(self.config.eos_token_ids) | self.generation_defaults().eos_token_ids
 
 
-def _explain_missing(path: Path) -> str:
+def may_be_hub_id(text: str) -> bool:
+    """Tell whether a path that does not exist reads as the name of a model on a hub.
+
+    It does not if it reads as a mistyped path: what stands before the `/` is a folder here, or has a
+    name that is given to folders for models.
+
+    Args:
+        text: The path as it was given: `./a/b` is none, and no longer to be told as a `Path`.
+    """
+    first = text.partition("/")[0]
+    return is_hub_id(text) and first not in _USUAL_FOLDERS and not Path(first).exists()
+
+
+def _explain_missing(path: Path, given: str) -> str:
+    gguf = path if path.suffix == ".gguf" else next(path.glob("*.gguf"), None)
+    if gguf is not None and path.exists():
+        return (
+            f"{gguf} is a GGUF file, which is not read: give the folder of the model's safetensors "
+            "version, or export that with `gemma-deploy export`"
+        )
+    if path.is_file():
+        return f"{path} is a file; give its folder, {path.parent}"
     if path.exists():
         return (
             f"{path} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no {CONFIG_FILE}): "
             "give the folder that `gemma-deploy export` wrote"
         )
     hint = ""
-    if len(path.parts) == 2 and not path.is_absolute():
+    if may_be_hub_id(given):
         hint = (
             ". If it is the id of a model on the hub, export it first: "
-            f"`gemma-deploy export {path.as_posix()} --output BUNDLE`"
+            f"`gemma-deploy export {given} --output BUNDLE`"
         )
     return f"{path} does not exist; expected the folder of a bundle or of a checkpoint{hint}"
 
@@ -114,7 +165,7 @@ def _generation_config(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds {type(raw).__name__}, expected a JSON object")

@@ -1,25 +1,23 @@
 """Prompts to text with a loaded model: `TextGenerator`."""
 
-import dataclasses
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
-from gemma_deploy.errors import RequestError
-from gemma_deploy.runtime.batch_runner import BatchRunner
+from gemma_deploy.runtime.batch_runner import BatchRunner, OnProgress, ignore
 from gemma_deploy.runtime.capacity import check_max_seq_len
 from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS, never
+from gemma_deploy.runtime.prompt_runner import PromptRunner
 from gemma_deploy.runtime.prompts import (
     Message,
     Prompt,
+    Tools,
     chat_prompt,
-    ending_with_the_turn,
-    text_prompt,
+    check_answerable,
+    text_prompts,
 )
-from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.request import GenerationOptions, with_overrides
 from gemma_deploy.runtime.result import GenerationResult
-from gemma_deploy.runtime.rows import Row
 from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
@@ -32,16 +30,24 @@ DEFAULT_BATCH_SIZE = 8
 class TextGenerator:
     """A loaded model that continues prompts; a context manager that frees it.
 
-    Calls share one KV cache: a new call cancels a stream that is still open, and threads must take
-    turns.
+    Safe to use from several threads: a call waits until another's batch, or the step of another's
+    stream, has ended. Streams hold the model only while they compute a token, so several may be open,
+    a slow reader stalls nobody, and each piece may be asked for by another thread. Nobody's text
+    depends on what others do. Each open stream has a KV cache of its own.
 
     Attributes:
-        session: What runs the steps.
+        session: What runs the steps; not to be run by others while the generator does.
         tokenizer: Text to token ids and back.
+        source: Where the model was loaded from.
+        config: The model.
         max_seq_len: Most tokens in the KV cache: the prompt's and the text's but the last, which
             needs no place there.
         generation_config: Contents of the model's generation_config.json.
-        eos_token_ids: The tokens that end a text by the model's own account.
+        generation_defaults: What of it is honoured; see `GenerationOptions`.
+        prompt_runner: What runs prompts that are encoded already.
+        eos_token_ids: The tokens that end a text by the model's own account: config.json's,
+            generation_config.json's, the tokenizer's, and the end of a turn if the checkpoint has a
+            chat template.
     """
 
     def __init__(
@@ -64,47 +70,44 @@ class TextGenerator:
 
         Raises:
             RequestError: `max_seq_len` is beyond what the model or the session is made for.
+            ConfigError: generation_config.json holds what no model can have.
         """
         limit = min(source.max_seq_len, session.limits.max_seq_len or source.max_seq_len)
         check_max_seq_len(max_seq_len, limit)
         self.session = session
-        self.tokenizer = tokenizer
+        self.source = source
         self.config = source.config
         self.max_seq_len = max_seq_len or limit
         self.generation_config: Mapping[str, Any] = source.generation_config
-        self.eos_token_ids = source.eos_token_ids
-        self._runner = BatchRunner(
-            session,
-            max_seq_len=max_seq_len,
-            limit=limit,
-            prefill_chunk=prefill_chunk,
+        self.generation_defaults = source.generation_defaults()
+        self.generation_defaults.warn_of_ignored(source.generation_place)
+        self._batches = BatchRunner(
+            session, max_seq_len=max_seq_len, limit=limit, prefill_chunk=prefill_chunk
         )
+        self._take(tokenizer)
 
     @classmethod
     def open(
         cls,
         source: ModelSource,
         *,
-        backend: str = "auto",
-        device: str = "auto",
         max_seq_len: int | None = None,
-        threads: int | None = None,
-        prepacked_cache: Path | None = None,
+        **session_options: Any,
     ) -> "TextGenerator":
-        """Load a model and its tokenizer; see `gemma_deploy.load`."""
+        """Load a model and its tokenizer; see `gemma_deploy.load`.
+
+        Args:
+            source: The model.
+            max_seq_len: Capacity of the KV cache, in tokens; None for what each call needs.
+            **session_options: Further keyword arguments of `create_session`.
+        """
         check_max_seq_len(max_seq_len, source.max_seq_len)
+        source.generation_defaults()  # before a large model is loaded
         tokenizer = GemmaTokenizer.from_pretrained(source.folder)
-        session = create_session(
-            source,
-            backend=backend,
-            device=device,
-            threads=threads,
-            max_seq_len=max_seq_len,
-            prepacked_cache=prepacked_cache,
-        )
+        session = create_session(source, max_seq_len=max_seq_len, **session_options)
         try:
             return cls(session, tokenizer, source, max_seq_len=max_seq_len)
-        except RequestError:
+        except BaseException:
             session.close()
             raise
 
@@ -115,9 +118,17 @@ class TextGenerator:
         self.close()
 
     def close(self) -> None:
-        """Free the model and its KV cache; the generator cannot be used afterwards."""
-        self._runner.free()
-        self.session.close()
+        """Free the model and its KV caches; the generator cannot be used afterwards.
+
+        A step of another thread is waited for; the next one is a SessionError there.
+        """
+        self._batches.close()
+
+    def with_tokenizer(self, tokenizer: GemmaTokenizer) -> Self:
+        """Return a generator on the same loaded model that encodes and decodes with another tokenizer."""
+        other = copy.copy(self)
+        other._take(tokenizer)
+        return other
 
     def generate(
         self,
@@ -125,36 +136,48 @@ class TextGenerator:
         options: GenerationOptions | None = None,
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        allow_special: bool = True,
         is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
         **overrides: Any,
     ) -> list[GenerationResult]:
         """Continue each prompt.
 
         Ctrl-C ends the call, not the program: what was generated is returned, rows that had not ended
-        say `cancelled`.
+        say `cancelled`. Other threads wait while a batch runs.
 
         Args:
-            prompts: One prompt or several.
-            options: How to choose tokens and when to stop; None for greedy decoding.
+            prompts: One prompt or several; an empty one starts from `<bos>`.
+            options: How to choose tokens and when to stop; None, and each field that is None, for what
+                the model's generation_config.json says, else for greedy decoding of 256 tokens.
             batch_size: Most prompts that run at a time, where the session takes as many; it changes
                 speed and memory, not the text.
+            allow_special: Whether control tokens that a prompt spells (`<end_of_turn>`) become these
+                tokens. False is for prompts that hold other people's words.
             is_cancelled: Asked before each step; True ends the call as Ctrl-C does.
+            on_progress: Called while prompts are read, with the tokens of the running batch's prompts
+                that are read and with how many there are.
             **overrides: Fields of `GenerationOptions` that replace those of `options`.
 
         Returns:
             One result for each prompt, in their order.
 
         Raises:
-            RequestError: An empty prompt, token ids the model does not have, bad options.
+            RequestError: Prompts that are no strings, token ids the model does not have, bad options.
             PromptTooLongError: A prompt that does not fit the KV cache; nothing has run then.
             NonFiniteLogitsError: The model put out NaN or infinity.
-            SessionError: The backend failed.
+            SessionError: The backend failed, or the generator was closed.
         """
-        return list(
-            self.generate_each(
-                prompts, options, batch_size=batch_size, is_cancelled=is_cancelled, **overrides
-            )
+        results = self.generate_each(
+            prompts,
+            options,
+            batch_size=batch_size,
+            allow_special=allow_special,
+            is_cancelled=is_cancelled,
+            on_progress=on_progress,
+            **overrides,
         )
+        return list(results)
 
     def generate_each(
         self,
@@ -162,151 +185,116 @@ class TextGenerator:
         options: GenerationOptions | None = None,
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        allow_special: bool = True,
         is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
         **overrides: Any,
     ) -> Iterator[GenerationResult]:
         """Yield what `generate` returns, each batch as soon as it is done.
 
         All prompts are checked at once; the model first runs when a result is asked for.
         """
-        options = _with_overrides(options, overrides)
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        encoded = [text_prompt(self.tokenizer, text, n) for n, text in enumerate(texts)]
-        return self._results(encoded, options, batch_size, is_cancelled)
+        return self.prompt_runner.results(
+            text_prompts(self.tokenizer, prompts, allow_special=allow_special),
+            self.resolved_options(options, **overrides),
+            batch_size=batch_size,
+            is_cancelled=is_cancelled,
+            on_progress=on_progress,
+        )
 
     def stream(
         self,
         prompt: str,
         options: GenerationOptions | None = None,
         *,
+        allow_special: bool = True,
         is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
         **overrides: Any,
     ) -> TextStream:
         """Continue one prompt and yield its text as it comes; see `generate`.
 
         The prompt is checked at once; the model first runs when the stream is asked for a piece.
         """
-        options = _with_overrides(options, overrides)
-        return self._stream(text_prompt(self.tokenizer, prompt), options, is_cancelled)
+        (encoded,) = text_prompts(self.tokenizer, [prompt], allow_special=allow_special)
+        options = self.resolved_options(options, **overrides)
+        return self.prompt_runner.stream(
+            encoded, options, is_cancelled=is_cancelled, on_progress=on_progress
+        )
 
     def chat(
         self,
         messages: Sequence[Message],
         options: GenerationOptions | None = None,
         *,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
         **overrides: Any,
     ) -> TextStream:
         """Answer the last message of a conversation and yield the answer as it comes.
 
         Args:
             messages: Each with `role` and `content`, the user's last; the caller keeps the history.
-            options: As for `generate`; `<end_of_turn>` also ends the text.
+            options: As for `generate`; the end of the template's turn also ends the text.
+            tools: JSON schemas of functions, for a chat template that knows tools.
+            continue_final_message: Whether to go on with the last message, the beginning of an answer,
+                instead; what is yielded comes behind it.
             is_cancelled: As for `generate`.
+            on_progress: As for `generate`.
             **overrides: As for `generate`.
 
         Raises:
             RequestError: No messages, the last is the assistant's, and as for `generate`.
             TokenizerError: Messages that the chat template refuses.
         """
-        options = ending_with_the_turn(_with_overrides(options, overrides), self.tokenizer)
-        return self._stream(chat_prompt(self.tokenizer, messages), options, is_cancelled)
+        (encoded,) = self._chat_prompts([messages], tools, is_continued=continue_final_message)
+        options = self.resolved_options(options, **overrides)
+        return self.prompt_runner.stream(
+            encoded, options, is_cancelled=is_cancelled, on_progress=on_progress
+        )
 
     def answer(
         self,
         chats: Sequence[Sequence[Message]],
         options: GenerationOptions | None = None,
         *,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         batch_size: int = DEFAULT_BATCH_SIZE,
         is_cancelled: Callable[[], bool] = never,
+        on_progress: OnProgress = ignore,
         **overrides: Any,
     ) -> list[GenerationResult]:
         """Answer several conversations, each as `chat` does, in batches as `generate` does."""
-        options = ending_with_the_turn(_with_overrides(options, overrides), self.tokenizer)
-        encoded = [chat_prompt(self.tokenizer, messages) for messages in chats]
-        return list(self._results(encoded, options, batch_size, is_cancelled))
-
-    def _results(
-        self,
-        prompts: list[Prompt],
-        options: GenerationOptions,
-        batch_size: int,
-        is_cancelled: Callable[[], bool],
-    ) -> Iterator[GenerationResult]:
-        """Check everything at once; run a batch when its first result is asked for."""
-        if batch_size < 1:
-            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
-        batch_size = min(batch_size, self.session.limits.max_batch_size or batch_size)
-        ids = [prompt.token_ids for prompt in prompts]
-        capacity = self._runner.capacity(ids, options) if prompts else 0
-        stops = self._stop_token_ids(options)
-
-        def results() -> Iterator[GenerationResult]:
-            is_interrupted = False
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                batch = self._runner.start(
-                    ids[part], options, capacity, stop_token_ids=stops, first_row=start
-                )
-                is_interrupted |= self._runner.run(
-                    batch, _always if is_interrupted else is_cancelled
-                )
-                for prompt, row in zip(prompts[part], batch.rows, strict=True):
-                    yield _result(prompt, row, self._text_of(row))
-
-        return results()
-
-    def _stream(
-        self, prompt: Prompt, options: GenerationOptions, is_cancelled: Callable[[], bool]
-    ) -> TextStream:
-        ids = [prompt.token_ids]
-        capacity = self._runner.capacity(ids, options)
-        stops = self._stop_token_ids(options)
-        batch = self._runner.start(ids, options, capacity, stop_token_ids=stops)
-        detokenizer = self.tokenizer.stream()
-        return TextStream(
-            batch.rows[0],
-            self._runner.steps(batch, is_cancelled),
-            push=lambda token_id: detokenizer.push(token_id) if self._has_text(token_id) else "",
-            finish=detokenizer.finish,
-            to_result=partial(_result, prompt),
+        results = self.prompt_runner.results(
+            self._chat_prompts(chats, tools, is_continued=continue_final_message),
+            self.resolved_options(options, **overrides),
+            batch_size=batch_size,
+            is_cancelled=is_cancelled,
+            on_progress=on_progress,
         )
+        return list(results)
 
-    def _stop_token_ids(self, options: GenerationOptions) -> frozenset[int]:
-        model_stops = frozenset() if options.ignore_eos else self.eos_token_ids
-        return model_stops | set(options.stop_token_ids)
+    def resolved_options(
+        self, options: GenerationOptions | None = None, **overrides: Any
+    ) -> GenerationOptions:
+        """Return what a call with these options does, once generation_config.json is looked into."""
+        return self.generation_defaults.over(with_overrides(options, overrides))
 
-    def _text_of(self, row: Row) -> str:
-        # The token that ended the text is no part of it.
-        tokens = row.new_tokens[:-1] if row.finish_reason == "stop" else row.new_tokens
-        return self.tokenizer.decode([token for token in tokens if self._has_text(token)])
+    def _take(self, tokenizer: GemmaTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_runner = PromptRunner(self._batches, tokenizer, self.source.eos_token_ids)
+        self.eos_token_ids = self.prompt_runner.eos_token_ids
 
-    def _has_text(self, token_id: int) -> bool:
-        # Embeddings are often padded with rows that the tokenizer knows nothing of.
-        return token_id < self.tokenizer.vocab_size
-
-
-def _result(prompt: Prompt, row: Row, text: str) -> GenerationResult:
-    return GenerationResult(
-        prompt=prompt.text,
-        text=text,
-        prompt_token_ids=tuple(prompt.token_ids),
-        token_ids=row.new_tokens,
-        finish_reason=row.finish_reason or "cancelled",
-        timings=row.timings(),
-    )
-
-
-def _always() -> bool:
-    return True
-
-
-def _with_overrides(
-    options: GenerationOptions | None, overrides: Mapping[str, Any]
-) -> GenerationOptions:
-    known = {field.name for field in dataclasses.fields(GenerationOptions)}
-    if unknown := overrides.keys() - known:
-        raise RequestError(
-            f"unknown option {', '.join(sorted(unknown))}; expected {', '.join(sorted(known))}"
-        )
-    return dataclasses.replace(options or GenerationOptions(), **overrides)
+    def _chat_prompts(
+        self, chats: Sequence[Sequence[Message]], tools: Tools | None, *, is_continued: bool
+    ) -> list[Prompt]:
+        if not is_continued:
+            for messages in chats:
+                check_answerable(messages)
+        return [
+            chat_prompt(self.tokenizer, messages, tools=tools, continue_final_message=is_continued)
+            for messages in chats
+        ]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import gemma_deploy
+from gemma_deploy.errors import GemmaDeployError
 
 CHECKPOINT = Path(__file__).parent / "tiny-gemma"
 
@@ -22,4 +23,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GemmaDeployError as err:
+        sys.exit(str(err))

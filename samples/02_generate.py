@@ -6,6 +6,7 @@ usage: python samples/02_generate.py [BUNDLE]
 import sys
 
 import gemma_deploy
+from gemma_deploy.errors import GemmaDeployError
 
 PROMPTS = ["The for statement is used to", "Return a list of", "Raised when"]
 
@@ -28,4 +29,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GemmaDeployError as err:
+        sys.exit(f"{err}\nThe bundle that these samples use is written by 01_export.py.")

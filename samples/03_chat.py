@@ -9,6 +9,7 @@ usage: python samples/03_chat.py [BUNDLE]
 import sys
 
 import gemma_deploy
+from gemma_deploy.errors import GemmaDeployError
 
 QUESTIONS = ["What is a generator?", "And an iterator?"]
 
@@ -29,4 +30,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GemmaDeployError as err:
+        sys.exit(f"{err}\nThe bundle that these samples use is written by 01_export.py.")

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from gemma_deploy.cli.console import notice, working
+from gemma_deploy.cli.console import notice
 from gemma_deploy.cli.conversation import Conversation
 from gemma_deploy.cli.generate_command import summary
 from gemma_deploy.cli.interrupt import cancel_on_interrupt
+from gemma_deploy.cli.loading import load_model, tell_sampling
 from gemma_deploy.cli.options import generation_options, runtime_options, sampling_options
 from gemma_deploy.cli.prepacked_option import prepacked_cache_option
+from gemma_deploy.cli.prompts import argument_text
+from gemma_deploy.cli.reading import reading_progress
 from gemma_deploy.errors import RequestError, TokenizerError
+from gemma_deploy.text_files import decode_text
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.request import GenerationOptions
@@ -35,18 +39,19 @@ Examples:
   gemma-deploy chat gemma-2b-it
   gemma-deploy chat gemma-2b-it --system "Answer in one sentence." --temperature 0.7
 
-The model should be an instruction-tuned one (its name ends in -it). In the chat, /help lists the
+The model should be an instruction-tuned one (its name ends in -it). How tokens are chosen is what the
+options say, else what the model's generation_config.json says, else greedy. In the chat, /help lists the
 commands; Ctrl-C stops an answer, which stays in the conversation as far as it came.
 """,
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path())
 @click.option("--system", metavar="TEXT", help="System prompt: what the model is told beforehand.")
 @sampling_options
 @runtime_options
 @prepacked_cache_option
 def command(
     *,
-    bundle: Path,
+    bundle: str,
     system: str | None,
     device: str,
     threads: int | None,
@@ -61,22 +66,22 @@ def command(
     context, the oldest exchanges are dropped, with a notice.
     """
     options = generation_options(**sampling)
-    from gemma_deploy.api import load
-
-    with working(f"loading {bundle}"):
-        generator = load(
-            bundle,
-            backend=backend,
-            device=device,
-            max_seq_len=max_seq_len,
-            threads=threads,
-            prepacked_cache=prepacked_cache,
-        )
+    if system is not None:
+        system = argument_text(system, "--system")
+    generator = load_model(
+        bundle,
+        backend=backend,
+        device=device,
+        max_seq_len=max_seq_len,
+        threads=threads,
+        prepacked_cache=prepacked_cache,
+    )
+    tell_sampling(generator, options)
     with generator:
         conversation = Conversation(
             count_tokens=lambda messages: len(generator.tokenizer.encode_chat(messages)),
             max_seq_len=generator.max_seq_len,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=generator.resolved_options(options).most_new_tokens(0),
             system=system,
             turns=[],
         )
@@ -142,10 +147,18 @@ class Chat:
             notice(
                 f"(The oldest {exchanges} dropped: the context holds {conversation.max_seq_len} tokens.)"
             )
-        with cancel_on_interrupt() as is_cancelled:
-            stream = self._generator.chat(
-                conversation.messages, self._options, is_cancelled=is_cancelled
-            )
+        with cancel_on_interrupt() as is_cancelled, reading_progress() as on_progress:
+            try:
+                stream = self._generator.chat(
+                    conversation.messages,
+                    self._options,
+                    is_cancelled=is_cancelled,
+                    on_progress=on_progress,
+                )
+            except RequestError as err:
+                conversation.take_back()
+                notice(f"Error: {err}")
+                return
             with stream:
                 for piece in stream:
                     click.echo(piece, nl=False)
@@ -156,12 +169,12 @@ class Chat:
         else:
             conversation.take_back()
             notice("(The answer is empty; the message is forgotten.)")
-        if result.finish_reason == "cancelled":
+        if self._shows_stats:  # how it ended is among them
+            notice(f"({summary(result)})")
+        elif result.finish_reason == "cancelled":
             notice(f"(Interrupted after {len(result.token_ids)} tokens.)")
         elif result.finish_reason == "length":
             notice(f"(Stopped at the limit after {len(result.token_ids)} tokens.)")
-        if self._shows_stats:
-            notice(f"({summary(result)})")
 
 
 def _read_message() -> str | None:
@@ -173,7 +186,7 @@ def _read_message() -> str | None:
     lines: list[str] = []
     while True:
         try:
-            line = input(". " if prompt and lines else prompt)
+            line = input(". " if lines else prompt) if prompt else _piped_line()
         except EOFError:
             if prompt:
                 click.echo()
@@ -182,9 +195,22 @@ def _read_message() -> str | None:
             lines.clear()
             notice("\n(Ctrl-D or /exit leaves.)")
             continue
-        except UnicodeDecodeError:
-            notice("Error: the message is not valid UTF-8 text.")
+        except (RequestError, UnicodeDecodeError) as err:
+            notice(f"Error: {err}")
             continue
         lines.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
             return "\n".join(lines).strip()
+
+
+def _piped_line() -> str:
+    """Return the next line of stdin, in UTF-8 whatever the locale's encoding.
+
+    Raises:
+        EOFError: There is none.
+        RequestError: It is not UTF-8.
+    """
+    raw = sys.stdin.buffer.readline()
+    if not raw:
+        raise EOFError
+    return decode_text(raw, "the message").removesuffix("\n")

@@ -1,18 +1,20 @@
 """`gemma-deploy generate`: prompts in, continuations out."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.cli.console import emit_json, notice, working
+from gemma_deploy.cli.console import emit_json, notice
 from gemma_deploy.cli.interrupt import cancel_on_interrupt
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+from gemma_deploy.cli.loading import load_model, tell_sampling
 from gemma_deploy.cli.options import generation_options, runtime_options, sampling_options
 from gemma_deploy.cli.prepacked_option import prepacked_cache_option
-from gemma_deploy.cli.prompts import read_prompts
+from gemma_deploy.cli.prompts import argument_text, read_prompts
+from gemma_deploy.cli.reading import reading_progress
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.request import GenerationOptions
@@ -37,20 +39,28 @@ Examples:
   gemma-deploy generate CHECKPOINT --backend torch "The for statement is used to"
   gemma-deploy generate gemma-2b --backend tensorrt-rtx "The for statement is used to"
 
-Only the continuation is printed, not the prompt. Ctrl-C stops after the current token, keeps what
+Only the continuation is printed, not the prompt. How tokens are chosen, and how many, is what the
+options say, else what the model's generation_config.json says, else greedy and 256; a field of that
+file that is not implemented is named in a warning. Ctrl-C stops after the current token, keeps what
 was generated and exits with 130; a second Ctrl-C stops at once.
 
 A float16 bundle that works with --device cpu may still overflow on CUDA: ONNX Runtime's CPU
 multiplies matrices in float32.
 """,
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path())
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "--file",
     metavar="FILE",
     help="Read prompts from FILE (UTF-8; - is stdin): one per line, empty lines skipped. A .jsonl "
     'file holds {"prompt": "..."} in each line, for prompts of several lines.',
+)
+@click.option(
+    "--no-special-tokens",
+    is_flag=True,
+    help="Read control tokens that a prompt spells (<end_of_turn>, <bos>) as plain text: for prompts "
+    "that hold other people's words. With --chat that is always so.",
 )
 @sampling_options
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
@@ -76,9 +86,10 @@ multiplies matrices in float32.
 )
 def command(
     *,
-    bundle: Path,
+    bundle: str,
     prompts: tuple[str, ...],
     file: str | None,
+    no_special_tokens: bool,
     chat: bool,
     system: str | None,
     batch_size: int,
@@ -101,26 +112,35 @@ def command(
         raise click.UsageError("--system is for chat templates: give --chat too")
     options = generation_options(**sampling)
     texts = read_prompts(prompts, file)
-    from gemma_deploy.api import load
-
-    with working(f"loading {bundle}"):
-        generator = load(
-            bundle,
-            backend=backend,
-            device=device,
-            max_seq_len=max_seq_len,
-            threads=threads,
-            prepacked_cache=prepacked_cache,
-        )
+    if system is not None:
+        system = argument_text(system, "--system")
+    generator = load_model(
+        bundle,
+        backend=backend,
+        device=device,
+        max_seq_len=max_seq_len,
+        threads=threads,
+        prepacked_cache=prepacked_cache,
+    )
+    tell_sampling(generator, options)
     started = time.perf_counter()
-    with generator, cancel_on_interrupt() as is_cancelled:
+    with generator, cancel_on_interrupt() as is_cancelled, reading_progress() as on_progress:
+        running: dict[str, Any] = {"is_cancelled": is_cancelled, "on_progress": on_progress}
+        outputs: Iterator[Output]
         if chat:
-            outputs = _answers(generator, texts, system, options, is_cancelled)
+            outputs = _answers(generator, texts, system, options, running)
         elif len(texts) == 1:
-            outputs = iter([generator.stream(texts[0], options, is_cancelled=is_cancelled)])
+            stream = generator.stream(
+                texts[0], options, allow_special=not no_special_tokens, **running
+            )
+            outputs = iter([stream])
         else:
             outputs = generator.generate_each(
-                texts, options, batch_size=batch_size, is_cancelled=is_cancelled
+                texts,
+                options,
+                batch_size=batch_size,
+                allow_special=not no_special_tokens,
+                **running,
             )
         results = _print(outputs, texts, is_streamed=not (as_json or no_stream), as_json=as_json)
     _summarize(results, time.perf_counter() - started)
@@ -133,13 +153,13 @@ def _answers(
     texts: Sequence[str],
     system: str | None,
     options: "GenerationOptions",
-    is_cancelled: Callable[[], bool],
+    running: Mapping[str, Any],
 ) -> Iterator["Output"]:
     """Yield a stream for each prompt, in a chat of its own."""
     before = [] if system is None else [{"role": "system", "content": system}]
     for text in texts:
         messages = [*before, {"role": "user", "content": text}]
-        yield generator.chat(messages, options, is_cancelled=is_cancelled)
+        yield generator.chat(messages, options, **running)
 
 
 def _print(

@@ -22,7 +22,7 @@ def runtime_options(function: Function) -> Function:
             "--threads",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Threads of the CPU kernels. [default: one per core]",
+            help="Threads of the CPU kernels, at most 4 for each core. [default: one per core]",
         ),
         click.option(
             "--max-seq-len",
@@ -48,44 +48,46 @@ def sampling_options(function: Function) -> Function:
     """Add what decides how tokens are chosen and how many."""
     decorators = (
         click.option(
+            "-n",
             "--max-new-tokens",
             type=click.IntRange(min=1),
-            default=256,
-            show_default=True,
             metavar="TOKENS",
-            help="Most tokens to generate per prompt.",
+            help="Most tokens to generate per prompt. [default: as the model's "
+            "generation_config.json says, else 256]",
         ),
         click.option(
             "--greedy",
             is_flag=True,
-            help="Always take the likeliest token; what happens without any sampling option too.",
+            help="Always take the likeliest token, also where the model's generation_config.json says "
+            "to sample. [default: as that file says, else greedy]",
         ),
         click.option(
             "--temperature",
             type=click.FloatRange(min=0),
             metavar="X",
             help="Sample, with logits divided by X: below 1 is safer, above 1 is wilder, 0 is "
-            "greedy. [default: 1 with --top-k or --top-p]",
+            "greedy. [default: as generation_config.json says, else 1]",
         ),
         click.option(
             "--top-k",
-            type=click.IntRange(min=1),
+            type=click.IntRange(min=0),
             metavar="K",
-            help="Sample among the K likeliest tokens. [default: all]",
+            help="Sample among the K likeliest tokens, 0 for all. [default: as generation_config.json "
+            "says; 50 if it says to sample and no more; else all]",
         ),
         click.option(
             "--top-p",
             type=click.FloatRange(min=0, max=1, min_open=True),
             metavar="P",
-            help="Sample among the fewest tokens whose probabilities reach P. [default: all]",
+            help="Sample among the fewest tokens whose probabilities reach P, 1 for all. [default: as "
+            "generation_config.json says, else all]",
         ),
         click.option(
             "--repetition-penalty",
             type=click.FloatRange(min=0, min_open=True),
-            default=1.0,
-            show_default=True,
             metavar="X",
-            help="Make tokens that were there before less likely: above 1; 1 is no penalty.",
+            help="Make tokens that were there before less likely: above 1; 1 is no penalty. [default: as "
+            "generation_config.json says, else 1]",
         ),
         click.option(
             "--seed",
@@ -99,7 +101,7 @@ def sampling_options(function: Function) -> Function:
 
 
 def generation_options(*, greedy: bool, **values: Any) -> Any:
-    """Build the `GenerationOptions` that the sampling options mean.
+    """Build the `GenerationOptions` that the sampling options mean; --greedy is a choice, too.
 
     Raises:
         click.UsageError: --greedy together with an option that only sampling reads.
@@ -110,7 +112,7 @@ def generation_options(*, greedy: bool, **values: Any) -> Any:
     if greedy and sampling:
         names = ", ".join("--" + name.replace("_", "-") for name in sampling)
         raise click.UsageError(f"--greedy takes no {names}: leave one or the other out")
-    return GenerationOptions(**values)
+    return GenerationOptions(**(values | {"temperature": 0.0} if greedy else values))
 
 
 def _decorated(

@@ -1,16 +1,20 @@
 """Where `generate` takes its prompts from: arguments, a file, or stdin."""
 
 import json
+import reprlib
 import sys
 from pathlib import Path
 
 import click
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.text_files import decode_text, plain_text, read_text
 
 
 def read_prompts(arguments: tuple[str, ...], file: str | None) -> list[str]:
     """Return the prompts of a command line.
+
+    Wherever they come from, byte order marks are dropped and CR LF is LF.
 
     Args:
         arguments: Prompts given as arguments.
@@ -26,29 +30,44 @@ def read_prompts(arguments: tuple[str, ...], file: str | None) -> list[str]:
     if arguments and file is not None:
         raise click.UsageError("prompts come as arguments or from --file, not both")
     if arguments:
-        return [_checked(text, f"prompt {i}") for i, text in enumerate(arguments)]
+        return [argument_text(text, f"prompt {i}") for i, text in enumerate(arguments, 1)]
     if file is not None:
         return _read_file(file)
     if sys.stdin.isatty():
         raise click.UsageError(
             'no prompt: give one as an argument ("The for statement"), with --file, or on stdin'
         )
-    text = _decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+    text = _stdin_text().removesuffix("\n")
     if not text:
         raise RequestError("stdin is empty: expected a prompt")
     return [text]
 
 
+def argument_text(text: str, place: str) -> str:
+    """Return an argument's text.
+
+    Args:
+        text: The argument.
+        place: What an error calls it.
+
+    Raises:
+        RequestError: It has bytes that were not to be decoded in the locale's encoding.
+    """
+    if not _is_unicode(text):
+        raise RequestError(
+            f"{place} is not valid {sys.getfilesystemencoding().upper()} text, which this locale has "
+            "arguments in. If it is UTF-8, set LC_ALL=C.UTF-8 or PYTHONUTF8=1; or give it in a file, "
+            "saved as UTF-8"
+        )
+    return plain_text(text)
+
+
 def _read_file(name: str) -> list[str]:
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as err:
-        raise RequestError(f"{name} cannot be read: {err.strerror}") from err
+    text = _stdin_text() if name == "-" else read_text(Path(name))
     is_json_lines = Path(name).suffix == ".jsonl"
-    lines = _decode(raw, name).split("\n")
     prompts = [
-        _prompt_of(line, f"{name}, line {number}") if is_json_lines else line.removesuffix("\r")
-        for number, line in enumerate(lines, 1)
+        _prompt_of(line, f"{name}, line {number}") if is_json_lines else plain_text(line)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not prompts:
@@ -56,27 +75,27 @@ def _read_file(name: str) -> list[str]:
     return prompts
 
 
+def _stdin_text() -> str:
+    return decode_text(sys.stdin.buffer.read(), "stdin")
+
+
 def _prompt_of(line: str, place: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise RequestError(f'{place}: expected a JSON object such as {{"prompt": "..."}}') from err
     if not isinstance(prompt, str):
-        raise RequestError(f"{place}: the prompt is {prompt!r}, expected a string")
-    return _checked(prompt, place)
+        raise RequestError(f"{place}: the prompt is {reprlib.repr(prompt)}, expected a string")
+    if not _is_unicode(prompt):
+        raise RequestError(
+            f"{place} has half a character (a lone surrogate, \\ud800 to \\udfff): write it whole"
+        )
+    return plain_text(prompt)
 
 
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise RequestError(f"{place} is not UTF-8 text: {err}") from err
-
-
-def _checked(text: str, place: str) -> str:
-    """Refuse half characters, which arguments in another encoding leave behind."""
+def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise RequestError(f"{place} is not valid UTF-8 text: {err.reason}") from err
-    return text
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -138,7 +138,7 @@ def sampling_method(options: GenerationOptions) -> SamplingMethod:
     if options.is_greedy:
         return Greedy()
     filters: list[Filter] = []
-    if options.top_k is not None:
+    if options.top_k:
         filters.append(TopK(options.top_k))
     if options.temperature not in (None, 1.0):
         filters.append(Temperature(options.temperature))

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gemma_deploy.errors import BackendUnavailableError, RequestError
+from gemma_deploy.graph_spec import DType
 from gemma_deploy.runtime.devices import Device
+from gemma_deploy.runtime.load_checks import check_dtype, check_threads, dtype_name
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
@@ -23,6 +25,7 @@ class SessionRequest:
         threads: Threads of the CPU kernels; None leaves it to the backend.
         max_seq_len: The KV cache that will be wanted, in tokens; None for any.
         prepacked_cache: Folder where ONNX Runtime's packed weights are kept; None for nowhere.
+        dtype: What a checkpoint is loaded in; None for its own.
     """
 
     source: ModelSource
@@ -30,6 +33,7 @@ class SessionRequest:
     threads: int | None
     max_seq_len: int | None
     prepacked_cache: Path | None = None
+    dtype: DType | None = None
 
 
 Creator = Callable[[SessionRequest], Session]
@@ -39,10 +43,11 @@ def create_session(
     source: ModelSource,
     *,
     backend: str = "auto",
-    device: str = "auto",
+    device: object = "auto",
     threads: int | None = None,
     max_seq_len: int | None = None,
     prepacked_cache: Path | None = None,
+    dtype: object = None,
 ) -> Session:
     """Load a model.
 
@@ -50,15 +55,19 @@ def create_session(
         source: A bundle, checkpoint or packed engine.
         backend: A name from `BACKENDS`, or `auto`: onnxruntime for a bundle, torch for a checkpoint,
             and an engine's own.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        threads: Threads of the CPU kernels, at least 1; None leaves it to the backend.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`, or what else `Device.parse` reads.
+        threads: Threads of the CPU kernels, at least 1 and at most 4 for each core that this process
+            may use; None leaves it to the backend.
         max_seq_len: The KV cache that will be wanted, in tokens: only engines of at least that are
             considered. None for any.
         prepacked_cache: Folder where ONNX Runtime's packed weights are kept (see `PrepackedCache`);
             None for nowhere. Other backends have no use for it.
+        dtype: What a checkpoint is loaded in, as `dtype_name` reads it; None for its own. A bundle or
+            an engine has its own: another one is refused.
 
     Raises:
-        RequestError: An unknown backend or device, or a backend that cannot run this folder.
+        RequestError: An unknown backend or device, a backend that cannot run this folder, too many
+            threads, or a dtype that a bundle or engine does not have.
         BackendUnavailableError: The backend's package or the device is not here.
         EngineError: No engine of the bundle fits.
         SessionError: The backend failed to load the model.
@@ -67,14 +76,16 @@ def create_session(
         backend = natural_backend(source)
     if backend not in BACKENDS:
         raise RequestError(f"backend is {backend!r}; expected auto, {', '.join(sorted(BACKENDS))}")
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads is {threads}; it must be at least 1")
+    check_threads(threads)
+    name = dtype_name(dtype)
+    check_dtype(source, name)
     request = SessionRequest(
         source=source,
         device=Device.parse(device),
         threads=threads,
         max_seq_len=max_seq_len,
         prepacked_cache=prepacked_cache,
+        dtype=name,
     )
     return BACKENDS[backend](request)
 
@@ -120,7 +131,9 @@ def _torch(request: SessionRequest) -> Session:
         raise BackendUnavailableError(
             f"the torch backend cannot be imported: {err}. pip install torch"
         ) from err
-    return TorchSession(source.folder, device=request.device, threads=request.threads)
+    return TorchSession(
+        source.folder, device=request.device, threads=request.threads, dtype=request.dtype
+    )
 
 
 def _tensorrt(flavour: Flavour, request: SessionRequest) -> Session:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import SessionError
+from gemma_deploy.runtime.devices import Device
 
 Int64Array = npt.NDArray[np.int64]
 Array = Any
@@ -80,11 +81,20 @@ class StepLogits:
 
 
 class Session(Protocol):
-    """A loaded model that runs one step at a time."""
+    """A loaded model that runs one step at a time.
+
+    Steps may be of different caches in turn, and of different threads, but never two at a time; nor may
+    a cache be allocated during a step.
+    """
 
     @property
     def config(self) -> GemmaConfig:
         """The model."""
+        ...
+
+    @property
+    def device(self) -> Device:
+        """What the model runs on, `cpu` or `cuda`."""
         ...
 
     @property

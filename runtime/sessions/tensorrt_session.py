@@ -43,6 +43,7 @@ class TensorRTSession:
     One stream, one host synchronization per step. Tokens, positions and the largest logits travel
     through fixed pinned memory; all logits cross only where a request needs them. Steps of one token
     per row are recorded once per batch size and cache as a CUDA graph and then queued by one call.
+    Caches may be used in turn; while two are, their steps are bound anew each time and not recorded.
 
     Needs no torch, no Triton and no ONNX. It has not run on hardware yet.
 

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import array_api_compat.torch as array_api_torch
 import torch
@@ -67,6 +67,7 @@ class TorchSession:
         xp: torch; logits are on the model's device.
         limits: None.
         device: What the model runs on, `cpu` or `cuda`.
+        dtype: Of weights, activations and cache.
     """
 
     xp = array_api_torch
@@ -95,14 +96,16 @@ class TorchSession:
         """
         self.device = resolve_device(device or Device(kind="auto"))
         self._torch_device = torch.device(self.device.kind, self.device.index)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._threads = threads
+        self._set_threads()
         self._model: GemmaForCausalLM | None = GemmaForCausalLM.from_pretrained(
             checkpoint,
             dtype=None if dtype is None else getattr(torch, dtype),
             device=self._torch_device,
         )
         self.config: GemmaConfig = self._model.config
+        weight = self._model.model.embed_tokens.weight
+        self.dtype = cast(DType, str(weight.dtype).removeprefix("torch."))
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +120,7 @@ class TorchSession:
                 self.config,
                 batch_size,
                 max_seq_len,
-                dtype=self._loaded().model.embed_tokens.weight.dtype,
+                dtype=getattr(torch, self.dtype),
                 device=self._torch_device,
             )
         except RuntimeError as err:  # what torch raises for want of memory, on every device
@@ -140,6 +143,7 @@ class TorchSession:
         """Run S tokens of each row; see `Session.step`. All logits are given."""
         cache = own_cache(cache, TorchCache)
         model = self._loaded()
+        self._set_threads()
         positions = self._positions(input_pos, input_ids.shape[1], cache.static)
         try:
             hidden = model.model(
@@ -155,6 +159,11 @@ class TorchSession:
                 f"torch failed on {self._torch_device} with {input_ids.shape[0]} rows of "
                 f"{input_ids.shape[1]} tokens: {err}"
             ) from err
+
+    def _set_threads(self) -> None:
+        """Set what the process has in common, and each thread keeps a copy of."""
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
 
     def _positions(
         self, input_pos: Int64Array, num_tokens: int, cache: StaticCache

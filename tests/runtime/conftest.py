@@ -22,6 +22,9 @@ from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
 from gemma_deploy.runtime.sessions.session import SessionLimits, StepLogits
+from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.runtime.text_generator import TextGenerator
+from gemma_deploy.tokenizer import GemmaTokenizer
 
 VOCAB_SIZE = 512
 ENGINE_MAX_SEQ_LEN = 96
@@ -169,6 +172,7 @@ class ScriptedSession:
     logits_at_step: dict[int, float] = field(default_factory=dict)
     on_step: Callable[[int], object] = lambda _: None
     xp: Any = array_api_numpy
+    device: Device = field(default_factory=lambda: Device(kind="cpu"))
     is_closed: bool = False
     limits: SessionLimits = field(default_factory=SessionLimits)
     memory: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
@@ -220,6 +224,19 @@ class ScriptedSession:
 def scripted_session() -> ScriptedSession:
     """Return a session that needs no model."""
     return ScriptedSession()
+
+
+@pytest.fixture
+def scripted_generator(text_checkpoint: Folders, scripted_session: ScriptedSession) -> Any:
+    """Return `scripted_generator(**arguments)`: the script's generator; the tokenizer is real."""
+    folder = text_checkpoint("gemma1")
+    scripted_session.vocab_size = VOCAB_SIZE
+
+    def make(**arguments: Any) -> TextGenerator:
+        tokenizer = GemmaTokenizer.from_pretrained(folder)
+        return TextGenerator(scripted_session, tokenizer, ModelSource.open(folder), **arguments)
+
+    return make
 
 
 def _train_tokenizer() -> Tokenizer:

@@ -137,7 +137,7 @@ def test_closing_the_iterator_cancels(scripted_session: Any) -> None:
     batch = start(scripted_session, PROMPTS)
     steps = batch.steps()
     next(steps)
-    steps.close()  # type: ignore[attr-defined]  # steps is a generator
+    steps.close()
     assert texts(batch) == [script(prompt, 1) for prompt in PROMPTS]
     assert {row.finish_reason for row in batch.rows} == {"cancelled"}
 
@@ -175,7 +175,7 @@ def test_one_non_finite_logit_names_its_prompt_the_step_and_the_remedy(
 ) -> None:
     spoil(scripted_session, step, row, token_id, value)
     message = (
-        rf"NaN or infinity for prompt {10 + row}, new token {step + 1} "
+        rf"NaN or infinity for prompt {11 + row}, new token {step + 1} "
         rf"\(after {len(PROMPTS[row]) + step} tokens.*float16.*--dtype bfloat16 or float32. "
         "Otherwise the checkpoint's weights or the input are at fault: .*gemma-deploy verify"
     )
@@ -192,7 +192,7 @@ def test_a_non_finite_logit_of_a_prompt_s_last_chunk_is_found(
 ) -> None:
     # Chunks of two: steps 0 and 1, 2 to 5, 6, 7 and 8 of one row each.
     spoil(scripted_session, step, 0, 9, value)
-    with pytest.raises(NonFiniteLogitsError, match=f"for prompt {row}, new token 1 "):
+    with pytest.raises(NonFiniteLogitsError, match=f"for prompt {row + 1}, new token 1 "):
         run(scripted_session, PROMPTS, prefill_chunk=2)
 
 
@@ -202,7 +202,7 @@ def test_a_non_finite_logit_after_a_row_has_ended_names_the_right_prompt(
     stop = script(PROMPTS[0], 1)[0]
     assert stop not in script(PROMPTS[1], 4)
     spoil(scripted_session, 2, 1, 4, float("inf"))
-    with pytest.raises(NonFiniteLogitsError, match="for prompt 1, new token 3 "):
+    with pytest.raises(NonFiniteLogitsError, match="for prompt 2, new token 3 "):
         run(scripted_session, PROMPTS[:2], stop_token_ids=[stop])
 
 

@@ -113,5 +113,5 @@ def test_a_position_that_is_not_finite_is_an_error(
         return StepLogits(logits, found.token_ids)
 
     session.step = spoiled  # type: ignore[method-assign]  # on purpose
-    with pytest.raises(NonFiniteLogitsError, match="for prompt 1, new token 1"):
+    with pytest.raises(NonFiniteLogitsError, match="for prompt 2, new token 1"):
         texts(session, options)

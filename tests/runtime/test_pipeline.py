@@ -6,9 +6,12 @@ import torch
 import transformers
 
 from gemma_deploy.errors import RequestError
-from gemma_deploy.runtime.pipeline import TextGenerationPipeline, _without_nones
+from gemma_deploy.runtime.generation_config import GenerationDefaults
+from gemma_deploy.runtime.pipeline import TextGenerationPipeline
+from gemma_deploy.runtime.pipeline_settings import PipelineSettings, without_nones
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.text_generator import TextGenerator
+from gemma_deploy.tokenizer.chat_template import DEFAULT_CHAT_TEMPLATE
 
 TEXTS = ["The for statement", "Names refer to"]
 CHAT = [{"role": "user", "content": "a tuple or a list"}]
@@ -84,6 +87,89 @@ def test_chats_run_in_batches(pipeline: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert sizes == [2, 2, 1, 1]
 
 
+def with_template(tokenizer: Any) -> Any:
+    """transformers has no template where a checkpoint has none; ours is Gemma's then."""
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+BEGUN = [*CHAT, {"role": "assistant", "content": "Names refer"}]
+
+
+@pytest.mark.parametrize("chat", [CHAT, BEGUN])
+@pytest.mark.parametrize("extra", [{}, {"return_full_text": False}])
+def test_chats_are_transformers(pipeline: Any, expected: Any, chat: Any, extra: Any) -> None:
+    with_template(expected.tokenizer)
+    assert pipeline(chat, **OPTIONS, **extra) == expected(chat, **OPTIONS, **extra)
+    batch = [chat, CHAT, BEGUN]
+    assert pipeline(batch, **OPTIONS, **extra) == expected(batch, **OPTIONS, **extra)
+
+
+@pytest.mark.parametrize(("chat", "is_continued"), [(CHAT, False), (BEGUN, True), (BEGUN, False)])
+def test_continue_final_message_is_transformers(
+    pipeline: Any, expected: Any, chat: Any, is_continued: bool
+) -> None:
+    with_template(expected.tokenizer)
+    settings = {**OPTIONS, "continue_final_message": is_continued}
+    assert pipeline(chat, **settings) == expected(chat, **settings)
+
+
+def test_an_empty_text_starts_from_bos(pipeline: Any, expected: Any) -> None:
+    for texts in ("", ["", *TEXTS]):
+        assert pipeline(texts, **OPTIONS) == expected(texts, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 20, "do_sample": False},
+        {"max_new_tokens": 5, "max_length": 6, "truncation": True, "do_sample": False},
+        {**OPTIONS, "return_tensors": True},
+        {**OPTIONS, "return_text": True},
+        {**OPTIONS, "skip_special_tokens": False},
+        {**OPTIONS, "num_beams": 1, "use_cache": True, "min_p": None},
+    ],
+)
+def test_other_keywords_are_transformers(pipeline: Any, expected: Any, settings: Any) -> None:
+    for text in TEXTS:
+        assert pipeline(text, **settings) == expected(text, **settings)
+
+
+def test_a_token_said_to_end_texts_is_shown_as_in_transformers(
+    pipeline: Any, expected: Any
+) -> None:
+    (ids,) = pipeline(TEXTS[0], return_tensors=True, **OPTIONS)
+    settings = {**OPTIONS, "eos_token_id": ids["generated_token_ids"][-4]}
+    for skips in (True, False):
+        given = {**settings, "skip_special_tokens": skips}
+        assert pipeline(TEXTS[0], **given) == expected(TEXTS[0], **given)
+    assert len(pipeline(TEXTS[0], **settings)[0]["generated_text"]) < len(
+        pipeline(TEXTS[0], **OPTIONS)[0]["generated_text"]
+    )
+
+
+def test_parts_of_a_message_are_continued(pipeline: Any) -> None:
+    parts = [{"type": "text", "text": "Names refer"}]
+    chat = [*CHAT, {"role": "assistant", "content": parts}]
+    (answer,) = pipeline(chat, **OPTIONS)
+    (text,) = pipeline(chat, return_full_text=False, **OPTIONS)
+    whole = [{"type": "text", "text": "Names refer" + text["generated_text"]}]
+    assert answer["generated_text"][-1] == {"role": "assistant", "content": whole}
+    assert parts == [{"type": "text", "text": "Names refer"}]
+
+
+def test_what_a_pipeline_is_made_of(pipeline: Any) -> None:
+    assert pipeline.model is pipeline.generator
+    assert pipeline.tokenizer is pipeline.generator.tokenizer
+    assert str(pipeline.device) == "cpu"
+
+
+def test_a_call_replaces_what_the_pipeline_returns(pipeline: Any) -> None:
+    short = TextGenerationPipeline(pipeline.generator, return_full_text=False, **OPTIONS)
+    (ids,) = short(TEXTS[0], return_tensors=True)
+    assert set(ids) == {"generated_token_ids"}
+
+
 def test_an_iterator_is_as_good_as_a_list(pipeline: Any) -> None:
     assert pipeline(iter(TEXTS), **OPTIONS) == pipeline(TEXTS, **OPTIONS)
     assert pipeline(iter(CHAT), **OPTIONS) == pipeline(CHAT, **OPTIONS)
@@ -91,13 +177,14 @@ def test_an_iterator_is_as_good_as_a_list(pipeline: Any) -> None:
 
 
 def options_of(pipeline: TextGenerationPipeline, **settings: Any) -> Any:
-    return pipeline._options(_without_nones(settings))
+    defaults = pipeline.generator.generation_defaults
+    return PipelineSettings.read(without_nones(settings), defaults).options
 
 
 def test_defaults_are_transformers_pipelines(pipeline: Any) -> None:
     options = options_of(pipeline)
-    assert (options.max_new_tokens, options.temperature, options.top_k) == (256, 0.7, 50)
-    assert options.top_p is None
+    assert options.most_new_tokens(9) == 256
+    assert (options.temperature, options.top_k, options.top_p) == (0.7, 50, 1.0)
 
 
 def test_generation_config_stands_in_for_what_is_not_given(
@@ -105,7 +192,8 @@ def test_generation_config_stands_in_for_what_is_not_given(
 ) -> None:
     # As Gemma 3's.
     stated = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
-    monkeypatch.setattr(pipeline.generator, "generation_config", stated)
+    defaults = GenerationDefaults.parse(stated, "generation_config.json")
+    monkeypatch.setattr(pipeline.generator, "generation_defaults", defaults)
     options = options_of(pipeline, top_k=5)
     assert (options.top_k, options.top_p, options.temperature) == (5, 0.95, 0.7)
     greedy = options_of(pipeline, do_sample=False)
@@ -113,11 +201,11 @@ def test_generation_config_stands_in_for_what_is_not_given(
 
 
 def test_sampling_is_switched_off_as_in_transformers(pipeline: Any) -> None:
-    assert options_of(pipeline, top_k=0).top_k is None
+    assert options_of(pipeline, top_k=0).top_k == 0
     nones = dict.fromkeys(("temperature", "top_k", "top_p", "repetition_penalty"))
     options = options_of(pipeline, **nones)
     assert not options.is_greedy
-    assert (options.temperature, options.top_k, options.top_p) == (1.0, None, 1.0)
+    assert (options.temperature, options.top_k, options.top_p) == (1.0, 0, 1.0)
     assert options.repetition_penalty == 1.0
 
 
@@ -139,7 +227,7 @@ def test_eos_token_id_replaces_the_models(pipeline: Any) -> None:
     for given, expected_ids in ((9, (9,)), ([9, 10], (9, 10))):
         options = options_of(pipeline, eos_token_id=given)
         assert options.ignore_eos
-        assert options.stop_token_ids == expected_ids
+        assert set(options.stop_token_ids) == set(expected_ids)
 
 
 def test_keywords_of_the_pipeline_are_defaults_of_its_calls(pipeline: Any) -> None:
@@ -154,18 +242,29 @@ def test_keywords_of_the_pipeline_are_defaults_of_its_calls(pipeline: Any) -> No
 @pytest.mark.parametrize(
     ("inputs", "settings", "message"),
     [
-        (
-            "x",
-            {"num_beams": 4},
-            "unknown keyword argument num_beams; the pipeline knows batch_size",
-        ),
+        ("x", {"beams": 4}, "unknown keyword argument beams; the pipeline knows batch_size"),
+        ("x", {"num_beams": 4}, "num_beams is 4, which is not implemented"),
+        ("x", {"stop_strings": ["."]}, "stop_strings is .*, which is not implemented"),
+        ("x", {"clean_up_tokenization_spaces": True}, "clean_up_tokenization_spaces is True"),
+        ("x", {"do_sample": "yes"}, "do_sample is 'yes'; expected True or False"),
+        ("x", {"truncation": True}, "truncation needs max_length"),
+        ("x", {"truncation": "half", "max_length": 3}, "truncation is 'half'; expected True or"),
+        ("x", {"eos_token_id": "1"}, "eos_token_id is '1'; expected a token id"),
+        ("x", {"return_tensors": True, "return_full_text": True}, "each says what is returned"),
+        ("Names", {"max_new_tokens": None, "max_length": 2}, "and max_length, 2 tokens, counts"),
         ("x", {"num_return_sequences": 0}, "num_return_sequences is 0"),
         ("x", {"num_return_sequences": 2, "do_sample": False}, "set do_sample=True"),
         ("x", {"temperature": 0.0}, "temperature is 0 with do_sample=True"),
-        (["x", CHAT], {}, "text_inputs mixes texts and chats"),
-        (CHAT[0], {}, "text_inputs mixes texts and chats, or holds neither"),
-        ([*CHAT, {"role": "assistant", "content": "x"}], {}, "the chat ends with the assistant's"),
-        ([[]], {}, "text_inputs mixes texts and chats, or holds neither"),
+        (["x", CHAT], {}, r"text_inputs mixes texts and chats: text_inputs\[0\] is 'x'; expected"),
+        (CHAT[0], {}, r"text_inputs is .*\(dict\); expected a text, a list of texts, a chat"),
+        ([{"text": "x"}], {}, r"text_inputs\[0\] is \{'text': 'x'\} \(dict\); expected a text"),
+        ([[{"role": "user"}]], {}, r"text_inputs\[0\]\[0\] is \{'role': 'user'\} \(dict\)"),
+        ([[]], {}, r"text_inputs\[0\] is \[\] \(list\); expected a text"),
+        (5, {}, r"text_inputs is 5 \(int\); expected a text"),
+        (None, {}, r"text_inputs is None \(NoneType\); expected a text"),
+        (b"x", {}, r"text_inputs is b'x' \(bytes\); expected a text"),
+        ([1, 2], {}, r"text_inputs\[0\] is 1 \(int\); expected a text"),
+        (["x", None], {}, r"text_inputs mixes texts and chats: text_inputs\[0\] is 'x'"),
     ],
 )
 def test_what_cannot_be_is_refused(pipeline: Any, inputs: Any, settings: Any, message: str) -> None:

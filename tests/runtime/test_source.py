@@ -62,6 +62,35 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         ModelSource.open(tmp_path / "missing")
 
 
+def test_a_file_is_named_as_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    with pytest.raises(RequestError, match=r"config\.json is a file; give its folder, .*"):
+        ModelSource.open(tmp_path / "config.json")
+
+
+def test_gguf_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "gemma.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (tmp_path, file):
+        with pytest.raises(
+            RequestError, match=r"gemma\.gguf is a GGUF file, which is not read: give"
+        ):
+            ModelSource.open(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["./google/gemma", "../google/gemma", "/google/gemma", "build/gemma", "here/gemma", "a/b/c"],
+)
+def test_a_mistyped_path_is_no_hub_id(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(RequestError, match=r"expected the folder of a bundle or of a checkpoint$"):
+        ModelSource.open(path)
+
+
 def test_a_hub_id_is_told_from_a_missing_folder() -> None:
     message = (
         "google/gemma-2b does not exist.*`gemma-deploy export google/gemma-2b --output BUNDLE`"

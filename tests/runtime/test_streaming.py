@@ -1,5 +1,5 @@
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def to_result(row: Row, text: str) -> GenerationResult:
     )
 
 
-def make_stream(row: Row, steps: Iterator[object]) -> TextStream:
+def make_stream(row: Row, steps: Generator[object]) -> TextStream:
     """A stream in which the token 7 is the piece `7 `, and 0 is no piece."""
     return TextStream(
         row,
@@ -41,7 +41,7 @@ def row() -> Row:
 
 
 def test_pieces_are_never_empty(row: Row) -> None:
-    def steps() -> Iterator[object]:
+    def steps() -> Generator[object]:
         for token_id in (7, 0, 8):
             row.append(token_id)
             yield None
@@ -57,7 +57,7 @@ def test_pieces_are_never_empty(row: Row) -> None:
 
 
 def test_after_an_error_the_result_is_what_there_was(row: Row) -> None:
-    def steps() -> Iterator[object]:
+    def steps() -> Generator[object]:
         row.append(7)
         yield None
         raise SessionError("the device is gone")
@@ -73,7 +73,7 @@ def test_after_an_error_the_result_is_what_there_was(row: Row) -> None:
 
 
 def test_closing_keeps_what_there_was(row: Row) -> None:
-    def steps() -> Iterator[object]:
+    def steps() -> Generator[object]:
         while True:
             row.append(7)
             yield None
@@ -83,7 +83,7 @@ def test_closing_keeps_what_there_was(row: Row) -> None:
     assert (stream.result.text, stream.result.finish_reason) == ("7 ", "cancelled")
     result = stream.result
     stream.close()
-    assert stream.result is result
+    assert stream.result == result
     untouched = make_stream(Row([1], 8, np.random.default_rng(0)), steps())
     untouched.close()
     assert (untouched.result.text, untouched.result.token_ids) == ("", ())

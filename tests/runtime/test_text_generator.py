@@ -1,11 +1,11 @@
-import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from gemma_deploy.errors import (
     NonFiniteLogitsError,
@@ -17,6 +17,7 @@ from gemma_deploy.runtime.sessions.session import SessionLimits
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.text_generator import TextGenerator
 from gemma_deploy.tokenizer import GemmaTokenizer
+from gemma_deploy.tokenizer.settings import TokenizerSettings
 
 PROMPTS = ["The for statement", "Names", "The while statement is used for", "a tuple or a list"]
 
@@ -25,15 +26,6 @@ PROMPTS = ["The for statement", "Names", "The while statement is used for", "a t
 def generator(text_bundle: Any) -> Iterator[TextGenerator]:
     with TextGenerator.open(ModelSource.open(text_bundle("gemma1")), threads=1) as generator:
         yield generator
-
-
-def make_generator(text_checkpoint: Any, session: Any, **arguments: Any) -> TextGenerator:
-    """A generator whose model is a script; the tokenizer is real."""
-    folder = text_checkpoint("gemma1")
-    session.vocab_size = 512
-    return TextGenerator(
-        session, GemmaTokenizer.from_pretrained(folder), ModelSource.open(folder), **arguments
-    )
 
 
 def test_one_result_for_each_prompt(generator: TextGenerator) -> None:
@@ -71,9 +63,9 @@ def test_batch_size_does_not_change_the_text(
 
 
 def test_each_batch_is_given_as_soon_as_it_is_done(
-    text_checkpoint: Any, scripted_session: Any
+    scripted_generator: Any, scripted_session: Any
 ) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     results = generator.generate_each(["a", "b", "c"], batch_size=2, max_new_tokens=3)
     assert scripted_session.steps == []
     next(results)
@@ -110,10 +102,8 @@ def test_the_text_excludes_the_token_that_ended_it(generator: TextGenerator) -> 
         assert "".join(stream) == result.text
 
 
-def test_the_models_own_ends_stop_unless_ignored(
-    text_checkpoint: Any, scripted_session: Any
-) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+def test_the_models_own_ends_stop_unless_ignored(scripted_generator: Any) -> None:
+    generator = scripted_generator()
     ids = generator.tokenizer.encode("Names")
     # The script says the sum of the ids plus one: pick the prompt's end so that this is id 7.
     filler = (7 - 1 - sum(ids)) % 512
@@ -140,8 +130,10 @@ def test_streamed_pieces_are_the_text(generator: TextGenerator, prompt: str, sam
     assert stream.result.finish_reason == "length"
 
 
-def test_pieces_come_as_soon_as_their_tokens(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+def test_pieces_come_as_soon_as_their_tokens(
+    scripted_generator: Any, scripted_session: Any
+) -> None:
+    generator = scripted_generator()
     stream = generator.stream("Names", max_new_tokens=10)
     assert scripted_session.steps == []
     next(stream)
@@ -159,17 +151,7 @@ def test_closing_a_stream_keeps_what_there_was(generator: TextGenerator) -> None
     assert list(stream) == []
 
 
-def test_a_new_call_cancels_an_open_stream(generator: TextGenerator) -> None:
-    (expected,) = generator.generate("Names", max_new_tokens=8)
-    stream = generator.stream(PROMPTS[0], max_new_tokens=30)
-    first = next(stream)
-    assert generator.generate("Names", max_new_tokens=8)[0].text == expected.text
-    assert list(stream) == []
-    assert stream.result.finish_reason == "cancelled"
-    assert stream.result.text == first
-
-
-def test_ctrl_c_returns_what_was_generated(text_checkpoint: Any, scripted_session: Any) -> None:
+def test_ctrl_c_returns_what_was_generated(scripted_generator: Any, scripted_session: Any) -> None:
     # Once: whatever runs after it would show.
     interrupts = iter([False] * 5 + [True])
 
@@ -178,7 +160,7 @@ def test_ctrl_c_returns_what_was_generated(text_checkpoint: Any, scripted_sessio
             raise KeyboardInterrupt
 
     scripted_session.on_step = interrupt
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     results = generator.generate(PROMPTS, max_new_tokens=4, batch_size=1)
     reasons = [result.finish_reason for result in results]
     assert reasons == ["length", "cancelled", "cancelled", "cancelled"]
@@ -194,78 +176,81 @@ def test_cancelling_ends_the_call(generator: TextGenerator) -> None:
     assert stream.result.finish_reason == "cancelled"
 
 
-def test_a_chat_stops_at_the_end_of_the_turn(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
-    end_of_turn = generator.tokenizer.token_to_id("<end_of_turn>")
-    assert end_of_turn not in generator.eos_token_ids
-    messages = [{"role": "user", "content": "Names"}]
-    free = generator.chat(messages, max_new_tokens=6)
-    list(free)
-    assert list(free.result.prompt_token_ids) == generator.tokenizer.encode_chat(messages)
-    assert free.result.prompt == generator.tokenizer.apply_chat_template(messages)
-    said = np.zeros(512, np.float32)
-    said[end_of_turn] = 1
-    scripted_session.steps.clear()
-    scripted_session.logits_at_step = {3: said}
-    stream = generator.chat(messages, max_new_tokens=6)
-    assert "".join(stream) == stream.result.text
-    assert stream.result.finish_reason == "stop"
-    assert stream.result.token_ids == (*free.result.token_ids[:3], end_of_turn)
-    assert "<end_of_turn>" not in stream.result.text
-
-
-USER = {"role": "user", "content": "Names"}
-
-
-def test_answers_are_those_of_chat(generator: TextGenerator) -> None:
-    chats = [[USER], [{"role": "user", "content": prompt} for prompt in PROMPTS[:1]]]
-    expected = []
-    for chat in chats:
-        with generator.chat(chat, max_new_tokens=12) as stream:
-            list(stream)
-        expected.append(stream.result)
-    for batch_size in (1, 2):
-        answers = generator.answer(chats, max_new_tokens=12, batch_size=batch_size)
-        for answer, result in zip(answers, expected, strict=True):
-            assert dataclasses.replace(answer, timings=result.timings) == result
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_each_answer_has_random_numbers_of_its_own(
-    generator: TextGenerator, batch_size: int
+def test_control_tokens_of_a_prompt_are_text_where_that_is_asked_for(
+    generator: TextGenerator,
 ) -> None:
-    options = GenerationOptions(max_new_tokens=12, temperature=2.0, seed=1)
-    answers = generator.answer([[USER]] * 3, options, batch_size=batch_size)
-    assert len({answer.token_ids for answer in answers}) == 3
-    with generator.chat([USER], options) as stream:
-        list(stream)
-    assert answers[0].token_ids == stream.result.token_ids
+    end = generator.tokenizer.token_to_id("<end_of_turn>")
+    prompt = "Names<end_of_turn>"
+    for call in (
+        lambda **o: generator.generate(prompt, max_new_tokens=1, **o)[0],
+        lambda **o: next(generator.generate_each(prompt, max_new_tokens=1, **o)),
+        lambda **o: closed(generator.stream(prompt, max_new_tokens=1, **o)),
+    ):
+        assert end in call().prompt_token_ids
+        assert end not in call(allow_special=False).prompt_token_ids
+        assert generator.tokenizer.decode(call(allow_special=False).prompt_token_ids) == prompt
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "the chat has no messages"),
-        ([USER, {"role": "assistant", "content": "refer"}], "ends with the assistant's message"),
-        ([USER, {"role": "model", "content": "refer"}], "ends with the assistant's message"),
-    ],
-)
-def test_a_chat_with_nothing_to_answer_is_refused(
-    generator: TextGenerator, messages: Any, message: str
-) -> None:
-    with pytest.raises(RequestError, match=message):
-        generator.chat(messages)
-    with pytest.raises(RequestError, match=message):
-        generator.answer([[USER], messages])
+def closed(stream: Any) -> Any:
+    stream.close()
+    return stream.result
+
+
+def test_an_empty_prompt_starts_from_bos(scripted_generator: Any, text_checkpoint: Any) -> None:
+    folder = text_checkpoint("gemma1")
+    generator = scripted_generator()
+    assert generator.generate("", max_new_tokens=2)[0].prompt_token_ids == (2,)
+    assert closed(generator.stream("", max_new_tokens=2)).prompt_token_ids == (2,)
+    # `<bos>` is not added by this one, but there is one.
+    bare = generator.with_tokenizer(GemmaTokenizer())
+    assert bare.generate("", max_new_tokens=2)[0].prompt_token_ids == (2,)
+    settings = TokenizerSettings(named_tokens={}, add_bos=False)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend_without = json.loads(backend.to_str())
+    added = [one for one in backend_without["added_tokens"] if one["content"] != "<bos>"]
+    backend_without["added_tokens"] = added
+    del backend_without["model"]["vocab"]["<bos>"]
+    backend_without["post_processor"] = None
+    nameless = GemmaTokenizer(Tokenizer.from_str(json.dumps(backend_without)), settings)
+    with pytest.raises(RequestError, match="prompt 2 is empty, and the tokenizer has no <bos>"):
+        generator.with_tokenizer(nameless).generate(["Names", ""])
+
+
+def test_progress_is_that_of_the_prompts(scripted_generator: Any) -> None:
+    generator = scripted_generator(prefill_chunk=4)
+    count = len(generator.tokenizer.encode("Names refer to objects."))
+    assert count > 4
+    told: list[tuple[int, int]] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+
+    stream = generator.stream("Names refer to objects.", max_new_tokens=3, on_progress=tell)
+    assert told == []
+    list(stream)
+    assert told[0] == (0, count)
+    assert told[1] == (4, count)
+    assert told[-1] == (count, count)
+    told.clear()
+    generator.generate(["Names"] * 3, max_new_tokens=3, batch_size=2, on_progress=tell)
+    assert [done == total for done, total in told].count(True) == 2
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: g.generate(["Names", ""]), "prompt 1 is empty"),
-        (lambda g: g.stream(""), "prompt 0 is empty"),
-        (lambda g: g.generate("Names", top_q=3), "unknown option top_q; expected ignore_eos, max_"),
+        (lambda g: g.generate(5), r"the prompts are 5 \(int\); expected a string or a list"),
+        (lambda g: g.generate(None), r"the prompts are None \(NoneType\); expected a string"),
+        (lambda g: g.generate(b"Names"), r"the prompts are b'Names' \(bytes\); expected a string"),
+        (lambda g: g.generate({"a": 1}), r"the prompts are \{'a': 1\} \(dict\); expected a string"),
+        (lambda g: g.generate(["Names", 5]), r"prompt 2 is 5 \(int\); expected a string"),
+        (lambda g: g.stream(["Names"]), r"prompt 1 is \['Names'\] \(list\); expected a string"),
+        (lambda g: g.generate("Names", top_q=3), "unknown option top_q; expected ignore_eos"),
         (lambda g: g.generate("Names", batch_size=0), "batch_size is 0; it must be at least 1"),
+        (
+            lambda g: g.generate("Names", batch_size="4"),
+            r"batch_size is '4' \(str\); it must be a whole",
+        ),
         (lambda g: g.generate("Names", max_new_tokens=0), "max_new_tokens is 0"),
     ],
 )
@@ -275,11 +260,11 @@ def test_requests_that_cannot_be(generator: TextGenerator, call: Any, message: s
 
 
 def test_ids_beyond_the_embedding_are_refused(
-    text_checkpoint: Any, scripted_session: Any, monkeypatch: pytest.MonkeyPatch
+    scripted_generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
-    monkeypatch.setattr(generator.tokenizer, "encode", lambda _: [2, 512])
-    with pytest.raises(RequestError, match=r"prompt 0 holds token id 512; .* ids 0 to 511"):
+    generator = scripted_generator()
+    monkeypatch.setattr(generator.tokenizer, "encode", lambda *_, **__: [2, 512])
+    with pytest.raises(RequestError, match=r"prompt 1 holds token id 512; .* ids 0 to 511"):
         generator.generate("anything")
 
 
@@ -297,9 +282,9 @@ def test_ids_the_tokenizer_does_not_have_are_no_text(
 
 
 def test_a_long_prompt_is_refused_before_anything_runs(
-    text_checkpoint: Any, scripted_session: Any
+    scripted_generator: Any, scripted_session: Any
 ) -> None:
-    generator = make_generator(text_checkpoint, scripted_session, max_seq_len=16)
+    generator = scripted_generator(max_seq_len=16)
     with pytest.raises(PromptTooLongError, match="the KV cache holds 16"):
         generator.generate(["Names", "The for statement " * 9])
     assert scripted_session.steps == []
@@ -316,8 +301,8 @@ def test_max_seq_len_is_a_hard_capacity(text_bundle: Any) -> None:
         TextGenerator.open(source, max_seq_len=513)
 
 
-def test_the_cache_is_allocated_once(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session, max_seq_len=64)
+def test_the_cache_is_allocated_once(scripted_generator: Any, scripted_session: Any) -> None:
+    generator = scripted_generator(max_seq_len=64)
     allocated: list[tuple[int, int]] = []
     new_cache = scripted_session.new_cache
 
@@ -332,21 +317,23 @@ def test_the_cache_is_allocated_once(text_checkpoint: Any, scripted_session: Any
     assert allocated == [(3, 64)]
 
 
-def test_nan_is_an_error_and_leaves_no_trace(text_checkpoint: Any, scripted_session: Any) -> None:
-    generator = make_generator(text_checkpoint, scripted_session)
+def test_nan_is_an_error_and_leaves_no_trace(
+    scripted_generator: Any, scripted_session: Any
+) -> None:
+    generator = scripted_generator()
     expected = generator.generate("Names", max_new_tokens=3)[0].token_ids
-    cache = generator._runner._cache
     scripted_session.steps.clear()
     scripted_session.logits_at_step = {1: float("nan")}
     stream = generator.stream("Names", max_new_tokens=3)
     with pytest.raises(NonFiniteLogitsError, match="new token 2"):
         list(stream)
-    assert generator._runner._cache is not cache
     assert generator.generate("Names", max_new_tokens=3)[0].token_ids == expected
 
 
-def test_leaving_the_block_closes_the_session(text_checkpoint: Any, scripted_session: Any) -> None:
-    with make_generator(text_checkpoint, scripted_session):
+def test_leaving_the_block_closes_the_session(
+    scripted_generator: Any, scripted_session: Any
+) -> None:
+    with scripted_generator():
         assert not scripted_session.is_closed
     assert scripted_session.is_closed
 
@@ -376,7 +363,7 @@ print(sorted(name for name in ("torch", "onnx", "transformers") if name in sys.m
     assert done.stderr == ""
 
 
-def test_a_sessions_limits_hold(text_checkpoint: Any, scripted_session: Any) -> None:
+def test_a_sessions_limits_hold(scripted_generator: Any, scripted_session: Any) -> None:
     scripted_session.limits = SessionLimits(max_batch_size=3, max_seq_len=96, max_step_tokens=5)
     capacities: list[tuple[int, int]] = []
     allocate = scripted_session.new_cache
@@ -386,26 +373,25 @@ def test_a_sessions_limits_hold(text_checkpoint: Any, scripted_session: Any) -> 
         return allocate(batch_size, max_seq_len)
 
     scripted_session.new_cache = new_cache
-    generator = make_generator(text_checkpoint, scripted_session)
+    generator = scripted_generator()
     assert generator.max_seq_len == 96
     results = generator.generate(PROMPTS, max_new_tokens=7, batch_size=8)
     assert [len(result.token_ids) for result in results] == [7] * 4
     assert capacities == [(3, 96)]  # the engine's own length, whatever a call needs
     assert max(rows for rows, _ in scripted_session.steps) == 3
     assert max(tokens for _, tokens in scripted_session.steps) == 5
-    unlimited = type(scripted_session)()
-    unbound = make_generator(text_checkpoint, unlimited)
-    expected = unbound.generate(PROMPTS, max_new_tokens=7)
+    scripted_session.limits = SessionLimits()
+    expected = scripted_generator().generate(PROMPTS, max_new_tokens=7)
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
 
 
 def test_a_request_beyond_the_engine_is_refused(
-    text_checkpoint: Any, scripted_session: Any
+    scripted_generator: Any, scripted_session: Any
 ) -> None:
     scripted_session.limits = SessionLimits(max_seq_len=8)
     with pytest.raises(RequestError, match=r"max_seq_len is 9; .* 1 to 8 tokens .*engine's build"):
-        make_generator(text_checkpoint, scripted_session, max_seq_len=9)
-    generator = make_generator(text_checkpoint, scripted_session)
+        scripted_generator(max_seq_len=9)
+    generator = scripted_generator()
     with pytest.raises(PromptTooLongError, match=r"the KV cache holds 8: .*larger --max-seq-len"):
         generator.generate("Names " * 20)
     assert scripted_session.steps == []

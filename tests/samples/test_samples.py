@@ -39,3 +39,15 @@ def run_sample_without_timing(first: str, second: str) -> str:
 def test_chat_answers_every_question(bundle: Path) -> None:
     output = run_sample("03_chat.py", bundle)
     assert output.count("user: ") == output.count("model: ") == 2
+
+
+@pytest.mark.parametrize("name", ["02_generate.py", "03_chat.py"])
+def test_without_a_bundle_it_is_said_what_to_run(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "samples" / name)]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "build/tiny-gemma-bundle does not exist" in done.stderr
+    assert "is written by 01_export.py" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hub" not in done.stderr

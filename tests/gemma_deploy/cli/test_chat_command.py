@@ -218,6 +218,30 @@ class TestPiped:
 
         assert joined.stdout == expected.stdout
 
+    def test_lines_of_windows(self, invoke: Callable[..., Result], bundle: Path) -> None:
+        options = ("--max-new-tokens", 8)
+        plain = invoke("chat", bundle, *options, input=b"one\\\ntwo\nthree\n")
+        windows = invoke("chat", bundle, *options, input=b"\xef\xbb\xbfone\\\r\ntwo\r\nthree\r\n")
+
+        assert windows.stdout == plain.stdout
+        assert len(plain.stdout.splitlines()) >= 2
+
+    def test_a_line_in_another_encoding_leaves_the_chat_alive(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        result = invoke("chat", bundle, "-n", 8, input="café\n".encode("latin-1") + b"Hello\n")
+
+        assert "Error: the message is not UTF-8 text: byte 3 is 0xe9" in result.stderr
+        assert result.stdout == invoke("chat", bundle, "-n", 8, input="Hello\n").stdout
+
+    def test_how_an_answer_ended_is_said_once(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        result = invoke("chat", bundle, "-n", 4, input="Hi\n/stats\nHi\n")
+
+        assert result.stderr.count("(Stopped at the limit after 4 tokens.)") == 1
+        assert result.stderr.count("(stopped at the limit: 4 tokens in ") == 1
+
     def test_stats(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("chat", bundle, "--max-new-tokens", 4, input="/stats\nHi\n/stats\nHi\n")
 

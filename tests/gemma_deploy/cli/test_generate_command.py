@@ -1,6 +1,10 @@
+import contextlib
 import json
+import re
+import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from gemma_deploy.api import load
+from gemma_deploy.cli import generate_command
 
 PROMPT = "def run("
 MANY = [PROMPT, "The hub", "assert"]
@@ -138,6 +143,77 @@ class TestChatTemplate:
         assert "give --chat too" in result.stderr
 
 
+class TestGenerationConfig:
+    """What generation_config.json says is done, unless an option says otherwise."""
+
+    @pytest.fixture
+    def stated(self, tmp_path: Path, bundle_checkpoint: Path) -> Callable[..., Path]:
+        def write(**fields: object) -> Path:
+            folder = tmp_path / "checkpoint"
+            shutil.copytree(bundle_checkpoint, folder, dirs_exist_ok=True)
+            (folder / "generation_config.json").write_text(json.dumps(fields))
+            return folder
+
+        return write
+
+    def test_decides_what_no_option_does(
+        self, invoke: Callable[..., Result], stated: Callable[..., Path], expected: dict[str, str]
+    ) -> None:
+        folder = stated(max_new_tokens=12, do_sample=True, top_k=1)
+
+        result = invoke("generate", folder, PROMPT)
+
+        assert result.stdout == expected[PROMPT] + "\n"
+        assert (
+            "Sampling as the model's generation_config.json says: temperature 1, top-k 1, top-p 1. "
+            "--greedy takes the likeliest" in result.stderr
+        )
+
+    def test_greedy_is_a_choice(
+        self, invoke: Callable[..., Result], stated: Callable[..., Path], expected: dict[str, str]
+    ) -> None:
+        folder = stated(do_sample=True, temperature=50.0, max_new_tokens=3)
+
+        greedy = invoke("generate", folder, PROMPT, "--greedy", "-n", 12)
+        zero = invoke("generate", folder, PROMPT, "--temperature", 0, "-n", 12)
+        sampled = invoke("generate", folder, PROMPT, "-n", 12, "--seed", 1)
+
+        assert greedy.stdout == zero.stdout == expected[PROMPT] + "\n"
+        assert "Sampling as" not in greedy.stderr + zero.stderr
+        assert sampled.stdout != greedy.stdout
+
+    def test_is_a_notice_where_it_is_not_followed(
+        self, invoke: Callable[..., Result], stated: Callable[..., Path]
+    ) -> None:
+        folder = stated(min_p=0.1, suppress_tokens=[5])
+
+        result = invoke("generate", folder, *MANY, "-n", 2)
+
+        assert result.exit_code == 0
+        assert result.stderr.count("Warning: ") == 1
+        assert "are ignored: min_p=0.1, suppress_tokens=[5]. The text" in result.stderr
+
+    def test_that_cannot_be_is_named(
+        self, invoke: Callable[..., Result], stated: Callable[..., Path]
+    ) -> None:
+        result = invoke("generate", stated(top_k="many"), PROMPT)
+
+        assert result.exit_code == 1
+        assert "generation_config.json: top_k is 'many' (str)" in result.stderr
+
+
+class TestSpecialTokens:
+    def test_are_tokens_unless_told_otherwise(
+        self, invoke: Callable[..., Result], bundle: Path
+    ) -> None:
+        def ids(*options: str) -> list[int]:
+            result = invoke("generate", bundle, "a<eos>b", "-n", 1, "--json", *options)
+            return list(json.loads(result.stdout)["prompt_token_ids"])
+
+        assert 1 in ids()
+        assert 1 not in ids("--no-special-tokens")
+
+
 class TestCheckpoint:
     def test_runs_on_torch(
         self,
@@ -167,9 +243,9 @@ class TestBadRequests:
             (["--greedy", "--top-k", "3", "a"], "--greedy takes no --top-k"),
             (["--top-p", "0", "a"], "Invalid value for '--top-p'"),
             (["--temperature", "nan", "a"], "temperature is nan"),
-            (["--max-new-tokens", "0", "a"], "Invalid value for '--max-new-tokens'"),
+            (["--max-new-tokens", "0", "a"], "Invalid value for '-n' / '--max-new-tokens'"),
             (["--device", "tpu", "a"], "device is 'tpu'; expected auto, cpu, cuda"),
-            ([""], "prompt 0 is empty"),
+            (["--threads", "1000", "a"], "threads is 1,000; this process may use"),
             (["--file", "f", "a"], "prompts come as arguments or from --file, not both"),
             (["--max-seq-len", "4", "a much longer prompt"], "the KV cache holds 4"),
             (["--max-seq-len", "9000", "a"], "max_seq_len is 9,000; this model is made for"),
@@ -200,6 +276,28 @@ class TestInterrupt:
         assert rest.endswith(b"\n")
         assert b"interrupted: " in stderr
         assert b"Traceback" not in stderr
+
+    def test_while_the_prompt_is_read_says_how_long_it_took(
+        self, invoke: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[float] = []
+
+        def is_cancelled() -> bool:
+            asked.append(time.perf_counter())
+            time.sleep(0.05)
+            return len(asked) > 2  # between two chunks of the prompt
+
+        monkeypatch.setattr(
+            generate_command, "cancel_on_interrupt", lambda: contextlib.nullcontext(is_cancelled)
+        )
+
+        result = invoke("generate", bundle, "word " * 2000)
+
+        assert result.exit_code == 130
+        assert result.stdout == "\n"
+        said = re.search(r"interrupted: 0 tokens in (\d+\.\d+) s", result.stderr)
+        assert said is not None
+        assert float(said[1]) >= 0.1
 
     def test_json_says_cancelled(
         self, start: Callable[..., "subprocess.Popen[bytes]"], bundle: Path

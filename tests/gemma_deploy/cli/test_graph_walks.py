@@ -23,6 +23,7 @@ class SumSession:
     steps: list[tuple[int, ...]] = field(default_factory=list)
     memory: Any = None
     config: Any = None
+    device: Any = None
     xp: Any = np
     limits: ClassVar = SessionLimits()
 

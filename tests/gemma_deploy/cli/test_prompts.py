@@ -14,8 +14,13 @@ class TestArguments:
         assert read_prompts(("one", " two ", ""), None) == ["one", " two ", ""]
 
     def test_in_another_encoding(self) -> None:
-        with pytest.raises(RequestError, match="prompt 1 is not valid UTF-8"):
+        with pytest.raises(
+            RequestError, match=r"prompt 2 is not valid .*LC_ALL=C.UTF-8 or PYTHONU"
+        ):
             read_prompts(("fine", "caf\udce9"), None)
+
+    def test_of_windows(self) -> None:
+        assert read_prompts(("\ufeffone\r\ntwo\r",), None) == ["one\ntwo\n"]
 
     def test_beside_a_file(self) -> None:
         with pytest.raises(click.UsageError, match="arguments or from --file, not both"):
@@ -42,7 +47,8 @@ class TestFile:
             ("[1]", 'line 2: expected a JSON object such as {"prompt": "..."}'),
             ('{"text": "a"}', 'line 2: expected a JSON object such as {"prompt": "..."}'),
             ('{"prompt": 3}', "line 2: the prompt is 3, expected a string"),
-            ('{"prompt": "\\ud800"}', "line 2 is not valid UTF-8"),
+            ('{"prompt": "\\ud800"}', "line 2 has half a character"),
+            ("[" * 100_000, 'line 2: expected a JSON object such as {"prompt": "..."}'),
         ],
     )
     def test_json_lines_that_are_not(self, tmp_path: Path, line: str, message: str) -> None:
@@ -64,6 +70,17 @@ class TestFile:
         with pytest.raises(RequestError, match="is not UTF-8 text"):
             read_prompts((), str(tmp_path / "file"))
 
+    def test_of_windows(self, tmp_path: Path) -> None:
+        lines = tmp_path / "prompts.txt"
+        lines.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\rthree\r\n")
+        objects = tmp_path / "prompts.jsonl"
+        objects.write_bytes(
+            b'\xef\xbb\xbf{"prompt": "one\\r\\ntwo"}\r\n{"prompt": "\\ufeffthree"}\r\n'
+        )
+
+        assert read_prompts((), str(lines)) == ["one", "two", "three"]
+        assert read_prompts((), str(objects)) == ["one\ntwo", "three"]
+
     def test_empty(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("\n \n")
 
@@ -81,6 +98,20 @@ class TestStdin:
         pipe(monkeypatch, "two\nprompts\n")
 
         assert read_prompts((), "-") == ["two", "prompts"]
+
+    def test_of_windows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe(monkeypatch, "\ufefftwo\r\nlines\r\n")
+        assert read_prompts((), None) == ["two\nlines"]
+
+        pipe(monkeypatch, "\ufefftwo\r\nprompts\r\n")
+        assert read_prompts((), "-") == ["two", "prompts"]
+
+    def test_in_another_encoding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        latin = io.TextIOWrapper(io.BytesIO("café".encode("latin-1")))
+        monkeypatch.setattr(sys, "stdin", latin)
+
+        with pytest.raises(RequestError, match="stdin is not UTF-8 text: byte 3 is 0xe9"):
+            read_prompts((), None)
 
     def test_empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe(monkeypatch, "")

@@ -415,3 +415,14 @@ def test_nothing_is_left_of_a_session(is_closed: bool, text_engine: Any) -> None
     del session
     gc.collect()
     assert len(device.alive) == 0
+
+
+def test_batches_of_several_caches_may_run_in_turn(session: TensorRTSession) -> None:
+    alone = texts(session, {})
+    asked = GenerationOptions(max_new_tokens=12)
+    caches = [session.new_cache(len(PROMPTS), 90) for _ in range(2)]
+    batches = [BatchGeneration(session, cache, PROMPTS, asked) for cache in caches]
+    for _ in zip(*(batch.steps() for batch in batches), strict=True):
+        pass
+    for batch in batches:
+        assert [list(row.new_tokens) for row in batch.rows] == alone

@@ -278,7 +278,7 @@ def test_a_logit_that_is_not_finite_is_noticed(
     options = BuildOptions(flavour=flavour, max_seq_len=MAX_SEQ_LEN)
     with (
         TensorRTSession(build_engine(bundle, options).engine) as session,
-        pytest.raises(NonFiniteLogitsError, match="for prompt 0, new token 1"),
+        pytest.raises(NonFiniteLogitsError, match="for prompt 1, new token 1"),
     ):
         generated(session, [[2, 71, 40]])
 
