@@ -208,7 +208,8 @@ def load(  # a keyword for each decision
         SessionError: The backend failed to load the model.
 
     Warns:
-        GenerationConfigWarning: generation_config.json has fields that are not implemented.
+        GemmaDeployWarning: generation_config.json has fields that are not implemented, or a checkpoint's
+            tensors and config.json differ in what the tensors decide.
     """
     from gemma_deploy.runtime.source import ModelSource
     from gemma_deploy.runtime.text_generator import TextGenerator

@@ -26,6 +26,7 @@ and with any data: a value nobody knows, a path that is not there or is not what
 is 1 for one that can be and failed: damaged files, the network, what this machine lacks.
 """
 
+import sys
 import warnings
 from typing import ClassVar
 
@@ -41,8 +42,11 @@ class GemmaDeployWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Say something once; the command line prints it as a notice."""
-    warnings.warn(message, GemmaDeployWarning, stacklevel=2)
+    """Issue a `GemmaDeployWarning` that points at the line outside this package that led to it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("gemma_deploy."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, GemmaDeployWarning, stacklevel=level)
 
 
 class RequestError(GemmaDeployError):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Weights, what describes them, and the tokenizer; `download` adds the licences. Never pickle or GGUF.
 WANTED_FILES: Final = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "*.safetensors",
     "model.safetensors.index.json",

@@ -6,13 +6,12 @@ The fields are those of transformers' `GenerationConfig`
 
 import dataclasses
 import reprlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from gemma_deploy.errors import ConfigError, RequestError
+from gemma_deploy.errors import ConfigError, RequestError, warn
 from gemma_deploy.runtime.request import GenerationOptions
 
 # What transformers' `generate` takes where do_sample is true and the file has no top_k.
@@ -77,10 +76,6 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "dola_layers": (),
     }
 )
-
-
-class GenerationConfigWarning(UserWarning):
-    """Fields of a generation_config.json change a model's text elsewhere and have no effect here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,11 +161,9 @@ class GenerationDefaults:
             place: What the warning calls the file.
         """
         if self.ignored:
-            warnings.warn(
+            warn(
                 f"{place} has fields that are not implemented here and are ignored: "
-                f"{', '.join(self.ignored)}. The text may differ from other programs'",
-                GenerationConfigWarning,
-                stacklevel=5,
+                f"{', '.join(self.ignored)}. The text may differ from other programs'"
             )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.bundle import GENERATION_FILE, Bundle
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_files import explain_folder
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
@@ -101,6 +103,15 @@ class ModelSource:
             max_seq_len=engine.manifest.build.limits.max_seq_len,
         )
 
+    def stored_config(self) -> GemmaConfig:
+        """Return the config that the folder's tensors have: a checkpoint's may differ from config.json.
+
+        Raises:
+            CheckpointError: As `Checkpoint.open`.
+        """
+        is_checkpoint = self.bundle is None and self.engine is None
+        return Checkpoint.open(self.folder).config if is_checkpoint else self.config
+
     @property
     def generation_place(self) -> str:
         """What errors call the file that `generation_config` was read from."""
@@ -138,19 +149,8 @@ def may_be_hub_id(text: str) -> bool:
 
 
 def _explain_missing(path: Path, given: str) -> str:
-    gguf = path if path.suffix == ".gguf" else next(path.glob("*.gguf"), None)
-    if gguf is not None and path.exists():
-        return (
-            f"{gguf} is a GGUF file, which is not read: give the folder of the model's safetensors "
-            "version, or export that with `gemma-deploy export`"
-        )
-    if path.is_file():
-        return f"{path} is a file; give its folder, {path.parent}"
     if path.exists():
-        return (
-            f"{path} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no {CONFIG_FILE}): "
-            "give the folder that `gemma-deploy export` wrote"
-        )
+        return f"{explain_folder(path)}; or a bundle, the folder that `gemma-deploy export` wrote"
     hint = ""
     if may_be_hub_id(given):
         hint = (

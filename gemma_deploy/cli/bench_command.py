@@ -246,7 +246,7 @@ def _checkpoint(bundle: Path, checkpoint: Path | None) -> Path:
         )
     require_checkpoint(checkpoint or bundle)
     opened = Checkpoint.open(checkpoint or bundle)
-    require_same_model(bundle, source.config, opened)
+    require_same_model(bundle, source.stored_config(), opened)
     return opened.folder
 
 

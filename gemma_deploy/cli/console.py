@@ -4,11 +4,14 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import click
+
+from gemma_deploy.errors import GemmaDeployWarning
 
 Progress = Callable[[str, int, int], object]
 
@@ -27,6 +30,25 @@ def warn(*texts: str | None) -> None:
     for text in texts:
         if text is not None:
             click.secho(f"Warning: {text}", fg="yellow", err=True)
+
+
+@contextlib.contextmanager
+def warnings_as_notices() -> Iterator[None]:
+    """Write what gemma-deploy warns of to stderr, each once; other warnings as Python does."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GemmaDeployWarning)
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, GemmaDeployWarning):
+                show_others(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                warn(f"{message}.")
+
+        warnings.showwarning = show
+        yield
 
 
 def emit_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:

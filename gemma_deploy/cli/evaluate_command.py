@@ -8,6 +8,7 @@ import click
 
 from gemma_deploy.cli.console import emit_json, emit_table, progress
 from gemma_deploy.cli.outputs import check_output_file, write_output
+from gemma_deploy.text_files import read_text
 
 if TYPE_CHECKING:
     from gemma_deploy.cli.evaluation import FinishedEvaluation
@@ -121,7 +122,7 @@ def command(
     evaluation = TextEvaluation(
         model=bundle,
         reference=reference,
-        text=_read(text_file),
+        text=read_text(text_file),
         context_tokens=context_tokens,
         stride=stride,
         max_tokens=max_tokens,
@@ -181,10 +182,3 @@ def _write_plot(
         facts = [f"{read}: perplexity {found.perplexity:.4f}{beside}", date]
         content = position_svg(nll, kl, title=f"Evaluation of {model}", facts=facts)
     write_output(path, content)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise click.UsageError(f"{path} is not UTF-8 text: {err}") from err

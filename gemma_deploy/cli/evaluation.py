@@ -74,7 +74,9 @@ class TextEvaluation:
             require_checkpoint(self.reference)
         bos, token_ids = self._tokens(source)
         if self.reference is not None:
-            require_same_model(source.folder, source.config, Checkpoint.open(self.reference))
+            require_same_model(
+                source.folder, source.stored_config(), Checkpoint.open(self.reference)
+            )
         context = self._context_tokens(source)
         stride = self.stride or max(1, context // 2)
         parts = windows(len(token_ids), context, stride)

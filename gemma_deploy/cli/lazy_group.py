@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from gemma_deploy.cli.console import warnings_as_notices
 from gemma_deploy.errors import GemmaDeployError
 from gemma_deploy.install_hint import install_line
 
@@ -113,7 +114,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; errors become a message, unless `--debug` wants the traceback."""
         try:
-            return super().invoke(ctx)
+            with warnings_as_notices():
+                return super().invoke(ctx)
         except GemmaDeployError as err:
             if ctx.params.get("debug"):
                 raise

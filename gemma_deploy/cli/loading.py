@@ -1,6 +1,5 @@
 """Loading the model that `generate` and `chat` run, and what is said of it."""
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.cli.console import notice, working
@@ -11,26 +10,16 @@ if TYPE_CHECKING:
 
 
 def load_model(bundle: str, **options: Any) -> "TextGenerator":
-    """Load a model; what would be a warning in a program is a notice here.
+    """Load a model, and show that this is under way.
 
     Args:
         bundle: The folder.
         **options: As for `gemma_deploy.load`.
     """
     from gemma_deploy.api import load
-    from gemma_deploy.runtime.generation_config import GenerationConfigWarning
 
-    with warnings.catch_warnings(record=True) as caught, working(f"loading {bundle}"):
-        warnings.simplefilter("always", GenerationConfigWarning)
-        generator = load(bundle, **options)
-    for warning in caught:
-        if issubclass(warning.category, GenerationConfigWarning):
-            notice(f"Warning: {warning.message}.")
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-    return generator
+    with working(f"loading {bundle}"):
+        return load(bundle, **options)
 
 
 def tell_sampling(generator: "TextGenerator", options: "GenerationOptions") -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.cli.console import Progress, emit_json, progress
+from gemma_deploy.text_files import read_text
 
 if TYPE_CHECKING:
     from gemma_deploy.cli.checks import Check
@@ -164,7 +165,7 @@ def command(
             ),
             tolerance=tolerance,
             max_kl=max_kl,
-            text=None if text_file is None else _read(text_file),
+            text=None if text_file is None else read_text(text_file),
             tokens=tokens,
         ).checks
     with progress() as on_progress:
@@ -182,10 +183,3 @@ def _report(checks: "Sequence[Check]", *, as_json: bool) -> None:
             click.echo(f"{mark}  {check.name}: {check.detail}")
     if not is_ok:
         raise click.exceptions.Exit(1)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise click.UsageError(f"{path} is not UTF-8 text: {err}") from err

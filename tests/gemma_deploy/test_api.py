@@ -197,7 +197,7 @@ def test_pipeline_refuses_a_keyword_before_it_loads(
         (
             lambda b: gemma_deploy.load(b / "manifest.json"),
             RequestError,
-            "is a file; give its folder",
+            "is a file; give the folder",
         ),
         (
             lambda b: gemma_deploy.load(b, dtype="int4"),

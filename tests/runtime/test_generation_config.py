@@ -11,12 +11,11 @@ import torch
 import transformers
 
 import gemma_deploy
-from gemma_deploy.errors import ConfigError
+from gemma_deploy.errors import ConfigError, GemmaDeployWarning
 from gemma_deploy.runtime.generation_config import (
     FIELDS_WITHOUT_EFFECT,
     HONOURED_FIELDS,
     NEUTRAL_VALUES,
-    GenerationConfigWarning,
     GenerationDefaults,
 )
 from gemma_deploy.runtime.request import GenerationOptions
@@ -211,9 +210,7 @@ def test_the_file_says_to_sample_and_a_call_can_say_no(stated: Any) -> None:
 
 def test_a_model_warns_once_of_what_is_ignored(stated: Any) -> None:
     folder = stated(min_p=0.1, top_k=3)
-    with pytest.warns(
-        GenerationConfigWarning, match=r"json has fields .*ignored: min_p=0.1\."
-    ) as w:
+    with pytest.warns(GemmaDeployWarning, match=r"json has fields .*ignored: min_p=0.1\.") as w:
         generator = gemma_deploy.load(folder, device="cpu", threads=1)
     assert len(w) == 1
     assert w[0].filename == __file__

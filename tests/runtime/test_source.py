@@ -1,10 +1,13 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from gemma_deploy.errors import CheckpointError, RequestError
+from gemma_deploy.errors import CheckpointError, GemmaDeployWarning, RequestError
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -54,9 +57,8 @@ def test_a_broken_generation_config_is_refused(tmp_path: Path, text: str, messag
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        RequestError, match=r"neither a bundle \(no manifest.json\) nor a checkpoint"
-    ):
+    message = r"has no config\.json; .*Expected a checkpoint .*; or a bundle, the folder that"
+    with pytest.raises(RequestError, match=message):
         ModelSource.open(tmp_path)
     with pytest.raises(RequestError, match="does not exist; expected the folder of a bundle"):
         ModelSource.open(tmp_path / "missing")
@@ -64,7 +66,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_is_named_as_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    with pytest.raises(RequestError, match=r"config\.json is a file; give its folder, .*"):
+    with pytest.raises(
+        RequestError, match=r"config\.json is a file; give the folder that it lies in"
+    ):
         ModelSource.open(tmp_path / "config.json")
 
 
@@ -73,9 +77,28 @@ def test_gguf_is_not_read(tmp_path: Path) -> None:
     file.write_bytes(b"GGUF")
     for path in (tmp_path, file):
         with pytest.raises(
-            RequestError, match=r"gemma\.gguf is a GGUF file, which is not read: give"
+            RequestError, match=r"holds weights (only )?as GGUF .*: not read\. Give"
         ):
             ModelSource.open(path)
+
+
+def test_an_adapter_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-2b"}')
+    with pytest.raises(RequestError, match=r"is an adapter of google/gemma-2b .*merge it"):
+        ModelSource.open(tmp_path)
+
+
+def test_the_config_that_tensors_have_counts_where_both_are_asked_for(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint("gemma1"), tmp_path / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, folder / "model.safetensors")
+    source = ModelSource.open(folder)
+    assert source.config.tie_word_embeddings
+    with pytest.warns(GemmaDeployWarning, match="that is the head"):
+        assert not source.stored_config().tie_word_embeddings
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,10 @@ def test_an_export_without_the_stored_head_fails(invoke: Invoke, bundle: Path, c
     table = load_file(copy / SAVED)["model.embed_tokens.weight"]
     add(copy, **{"lm_head.weight": table.flip(0)})
 
-    with pytest.warns(UserWarning, match="that is the head"):
-        result = invoke("verify", bundle, "--checkpoint", copy)
+    result = invoke("verify", bundle, "--checkpoint", copy)
 
     assert result.exit_code == 1
+    assert result.stderr.count("that is the head") == 1
     assert "its tie_word_embeddings is False, the bundle's True" in result.stdout
 
 
@@ -100,10 +100,10 @@ def test_names_that_transformers_does_not_find_are_said(
     tensors = {f"_orig_mod.{name}": x for name, x in load_file(copy / SAVED).items()}
     save_file(tensors, copy / SAVED, metadata={"format": "pt"})
 
-    with pytest.warns(UserWarning, match="was taken off"):
-        result = invoke("verify", bundle, "--checkpoint", copy)
+    result = invoke("verify", bundle, "--checkpoint", copy)
 
     assert result.exit_code == 0, result.stdout
+    assert result.stderr.count("was taken off") == 1
     assert " does not find " in result.stdout
 
 
