@@ -6,7 +6,7 @@ knows that model:
     python -m gemma_deploy.lm_eval_model run --model gemma-deploy --model_args path=BUNDLE \
         --device cpu --tasks piqa
 
-Without --device lm-eval asks for cuda:0. The package is `pip install "gemma-deploy[lm-eval]"`
+Without --device lm-eval asks for cuda:0. The package is the extra lm-eval: `pip install ".[lm-eval]"` in a clone
 (https://github.com/EleutherAI/lm-evaluation-harness).
 """
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint_files import require_checkpoint
 from gemma_deploy.cli.checks import Check, Distance, check_hashes, passed, require_same_model
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.cli.graph_walks import BATCH_WALKS, TEXT_WALKS, Walk, whole
@@ -65,9 +66,10 @@ class Verification:
             RequestError: A path that is not there, or the text, the device or the like cannot be;
                 nothing is wrong with the bundle then.
         """
-        _require_there(self.bundle, "a bundle")
+        if not self.bundle.exists():
+            raise RequestError(f"{self.bundle} does not exist; expected the folder of a bundle")
         if self.checkpoint is not None:
-            _require_there(self.checkpoint, "the checkpoint it was made of")
+            require_checkpoint(self.checkpoint)
         name = "manifest"
         try:
             bundle = Bundle.open(self.bundle)
@@ -252,11 +254,6 @@ def _describe_tensors(checkpoint: Checkpoint) -> str:
     left_out = [f"{len(names)} {kind}" for kind, names in checkpoint.unused.items()]
     said = f"{len(checkpoint.tensors)} are the text model's, which uses each"
     return f"{said}; left out: {', '.join(left_out)}" if left_out else f"{said}; no other is stored"
-
-
-def _require_there(folder: Path, what: str) -> None:
-    if not folder.exists():
-        raise RequestError(f"{folder} does not exist; expected the folder of {what}")
 
 
 def _describe(bundle: Bundle) -> str:

@@ -420,7 +420,7 @@ class TestRequests:
         result = invoke("verify", bundle, "--checkpoint", tmp_path / "nowhere")
 
         assert result.exit_code == 2
-        assert "nowhere does not exist; expected the folder of the checkpoint" in result.stderr
+        assert "nowhere does not exist; expected a checkpoint" in result.stderr
 
     def test_a_tolerance_for_nothing(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("verify", bundle, "--tolerance", "1")
