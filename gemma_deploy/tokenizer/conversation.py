@@ -8,6 +8,7 @@ from gemma_deploy.errors import TokenizerError
 from gemma_deploy.quoting import shortened
 
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
+_MOST_LEVELS: Final = 100
 _TOOL_ROLES: Final = frozenset({"tool", "function"})
 # Names under which a message's reasoning is given; transformers copies it to the first two.
 _REASONING_KEYS: Final = ("reasoning_content", "thinking", "reasoning")
@@ -195,25 +196,23 @@ def _check_can_be_continued(message: Mapping[str, Any]) -> None:
         )
 
 
-def _plain(value: object, name: str) -> Any:
-    try:
-        return _copied(value, name)
-    except RecursionError as err:
-        raise TokenizerError(
-            f"{name} is nested too deeply; expected values as JSON has them, not within themselves."
-        ) from err
-
-
-def _copied(value: object, name: str) -> Any:
+def _plain(value: object, name: str, levels: int = _MOST_LEVELS) -> Any:
     # Exact types: a subclass of str could bring methods of its own.
     if value is None or type(value) in {str, bool, int, float}:
         return value
     if isinstance(value, str):
         return str.__str__(value)
+    if levels == 0:
+        raise TokenizerError(
+            f"{name} is nested too deeply; expected at most {_MOST_LEVELS} lists and objects within "
+            "each other."
+        )
     if isinstance(value, Mapping):
-        return {_checked_key(key, name): _copied(item, name) for key, item in value.items()}
+        return {
+            _checked_key(key, name): _plain(item, name, levels - 1) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_copied(item, name) for item in value]
+        return [_plain(item, name, levels - 1) for item in value]
     raise TokenizerError(
         f"{name} holds a {type(value).__name__}; expected only what JSON has: strings, numbers, "
         "booleans, null, lists and objects."

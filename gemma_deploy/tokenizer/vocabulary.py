@@ -115,8 +115,8 @@ class Vocabulary:
         token_id = self._backend.token_to_id(name)
         if token_id is None:
             raise TokenizerError(
-                f'tokenizer_config.json names {shortened(name)} as "{role}", but the vocabulary does not '
-                "have it; expected a token of tokenizer.json. Take both files from one checkpoint."
+                f'tokenizer_config.json names {shortened(name)} as "{role}", but the vocabulary does '
+                "not have it; expected a token of tokenizer.json. Take both files from one checkpoint."
             )
         return token_id
 

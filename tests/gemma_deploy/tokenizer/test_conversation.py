@@ -54,7 +54,10 @@ def parts(*texts: str) -> list[dict[str, str]]:
             [{"role": "user", "content": "", 5: "a"}],
             "Message 1 has the key 5 of type int; expected a string",
         ),
-        ([USER, {**USER, "name": nested()}], "Message 2 is nested too deeply"),
+        (
+            [USER, {**USER, "name": nested()}],
+            "Message 2 is nested too deeply; expected at most 100",
+        ),
     ],
 )
 def test_malformed_messages(messages: Any, message: str) -> None:
