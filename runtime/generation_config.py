@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from gemma_deploy.errors import ConfigError, RequestError, warn
-from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.runtime.request import GenerationOptions, as_int
 
 # What transformers' `generate` takes where do_sample is true and the file has no top_k.
 TOP_K_WHEN_SAMPLING: Final = 50
@@ -190,7 +190,7 @@ def _first(*values: Any) -> Any:
 
 
 def _number(value: object) -> Any:
-    """Return a whole float as an int: JSON written by other languages has 64.0 for 64."""
+    """Return a whole float as an int: JSON of other languages may have 64.0 for 64."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -200,12 +200,11 @@ def eos_token_ids(value: object) -> frozenset[int]:
     Raises:
         RequestError: Anything else.
     """
-    ids = [_number(one) for one in (value if isinstance(value, list) else [value])]
     if value is None:
         return frozenset()
-    for one in ids:
-        if not isinstance(one, int) or isinstance(one, bool):
-            raise RequestError(
-                f"eos_token_id is {value!r}; expected a token id, a list of token ids, or null"
-            )
-    return frozenset(one for one in ids if one >= 0)
+    ids = [as_int(_number(one)) for one in (value if isinstance(value, list | tuple) else [value])]
+    if None in ids:
+        raise RequestError(
+            f"eos_token_id is {reprlib.repr(value)}; expected a token id, a list of token ids, or null"
+        )
+    return frozenset(one for one in ids if one is not None and one >= 0)

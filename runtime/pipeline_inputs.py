@@ -66,7 +66,8 @@ def _listed(given: object, place: str) -> list[Any]:
 
 
 def _is_message(one: object) -> bool:
-    return isinstance(one, Mapping) and {"role", "content"} <= one.keys()
+    # An answer that only calls tools may have no content.
+    return isinstance(one, Mapping) and "role" in one and ("content" in one or "tool_calls" in one)
 
 
 def _error(found: object, place: str) -> RequestError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from gemma_deploy.errors import RequestError
 from gemma_deploy.hub import resolve_checkpoint
 from gemma_deploy.runtime.devices import Device
-from gemma_deploy.runtime.load_checks import check_dtype, dtype_name
+from gemma_deploy.runtime.dtypes import check_dtype, dtype_name
 from gemma_deploy.runtime.source import may_be_hub_id
 from gemma_deploy.runtime.text_generator import TextGenerator
 from gemma_deploy.tokenizer import GemmaTokenizer

@@ -1,5 +1,6 @@
 """The pipeline's keyword arguments: `PipelineSettings`."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -120,7 +121,7 @@ def check_keywords(kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if name in NEUTRAL_VALUES.keys() - _KNOWN and changes_text(name, value):
             raise RequestError(
-                f"{name} is {value!r}, which is not implemented: the text would not be what it asks "
+                f"{name} is {reprlib.repr(value)}, which is not implemented: the text would not be what it asks "
                 "for. Leave it out"
             )
     if unknown := kwargs.keys() - _KNOWN - FIELDS_WITHOUT_EFFECT - NEUTRAL_VALUES.keys():

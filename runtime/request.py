@@ -142,12 +142,22 @@ def whole_number(name: str, value: object, least: int) -> int:
         RequestError: It is smaller, or no whole number.
     """
     expected = f"at least {least}" if least else "0 or more"
-    number = _as_int(value)
+    number = as_int(value)
     if number is None:
         raise _type_error(name, value, f"a whole number, {expected}")
     if number < least:
         raise RequestError(f"{name} is {number}; it must be {expected}")
     return number
+
+
+def as_int(value: object) -> int | None:
+    """Return a whole number of any library as an int, None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(cast("SupportsIndex", value))
+    except TypeError:
+        return None
 
 
 def _is_factor(value: float) -> bool:
@@ -168,16 +178,6 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
         raise _type_error(name, value, "a sequence of token ids, such as (1, 107)")
     given = tuple(value)
     return tuple(whole_number(f"{name}[{index}]", item, 0) for index, item in enumerate(given))
-
-
-def _as_int(value: object) -> int | None:
-    """Return a whole number of any library as an int, None for everything else."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(cast("SupportsIndex", value))
-    except TypeError:
-        return None
 
 
 def _type_error(name: str, value: object, expected: str) -> RequestError:

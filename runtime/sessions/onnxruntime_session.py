@@ -24,6 +24,7 @@ from gemma_deploy.runtime.sessions.session import (
     StepLogits,
     own_cache,
 )
+from gemma_deploy.runtime.threads import check_threads
 
 # Earlier ones load such a graph, but for 1.24, and fail in the first step.
 _FIRST_WITH_INT8_CACHE = (1, 27)
@@ -66,7 +67,7 @@ class OnnxRuntimeSession:
         Args:
             bundle: An opened bundle.
             device: Where to run; None is `auto`.
-            threads: Threads of the CPU kernels; None for one per core.
+            threads: Threads of the CPU kernels, as `check_threads` allows; None for one per core.
             use_decode_graph: Whether to load the decode graph too and use it for single tokens.
             graphs: Other graphs to run: of another lowering, or rewritten. None for those that the
                 bundle has for ONNX Runtime.
@@ -75,8 +76,10 @@ class OnnxRuntimeSession:
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here, or not in float32.
             BundleError: The graphs do not have the inputs and outputs the manifest says.
+            RequestError: Too many threads.
             SessionError: ONNX Runtime cannot load the graphs.
         """
+        check_threads(threads)
         self.config: GemmaConfig = bundle.config
         device = _with_attention(device or Device(kind="auto"), bundle.manifest.precision)
         phases: list[Phase] = ["prefill", "decode"] if use_decode_graph else ["prefill"]

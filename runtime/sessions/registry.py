@@ -9,9 +9,10 @@ from types import MappingProxyType
 from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.runtime.devices import Device
-from gemma_deploy.runtime.load_checks import check_dtype, check_threads, dtype_name
+from gemma_deploy.runtime.dtypes import check_dtype, dtype_name
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.runtime.threads import check_threads
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
 
 

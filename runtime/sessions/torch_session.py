@@ -21,6 +21,7 @@ from gemma_deploy.runtime.sessions.session import (
     StepLogits,
     own_cache,
 )
+from gemma_deploy.runtime.threads import check_threads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,14 +87,17 @@ class TorchSession:
         Args:
             checkpoint: Folder in Hugging Face layout.
             device: Where to run; None is `auto`.
-            threads: Threads of torch's CPU kernels, for the whole process; None leaves them.
+            threads: Threads of torch's CPU kernels, for the whole process, as `check_threads` allows;
+                None leaves them.
             dtype: Of weights, activations and cache; None for the checkpoint's own.
 
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here.
             CheckpointError: The weights cannot be read.
             ConfigError: The config cannot be read.
+            RequestError: Too many threads.
         """
+        check_threads(threads)
         self.device = resolve_device(device or Device(kind="auto"))
         self._torch_device = torch.device(self.device.kind, self.device.index)
         self._threads = threads

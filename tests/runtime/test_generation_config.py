@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -103,7 +104,15 @@ def test_the_rest_of_a_call_stays() -> None:
 
 @pytest.mark.parametrize(
     ("stated", "expected"),
-    [(None, set()), (1, {1}), ([1, 106], {1, 106}), ([1.0], {1}), (-1, set()), ([], set())],
+    [
+        (None, set()),
+        (1, {1}),
+        ([1, 106], {1, 106}),
+        ((1, np.int64(106)), {1, 106}),
+        ([1.0], {1}),
+        (-1, set()),
+        ([], set()),
+    ],
 )
 def test_ends_of_text(stated: Any, expected: set[int]) -> None:
     assert parse(eos_token_id=stated).eos_token_ids == expected

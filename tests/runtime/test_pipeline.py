@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from gemma_deploy.errors import RequestError
+from gemma_deploy.errors import RequestError, TokenizerError
 from gemma_deploy.runtime.generation_config import GenerationDefaults
 from gemma_deploy.runtime.pipeline import TextGenerationPipeline
 from gemma_deploy.runtime.pipeline_settings import PipelineSettings, without_nones
@@ -156,6 +156,18 @@ def test_parts_of_a_message_are_continued(pipeline: Any) -> None:
     whole = [{"type": "text", "text": "Names refer" + text["generated_text"]}]
     assert answer["generated_text"][-1] == {"role": "assistant", "content": whole}
     assert parts == [{"type": "text", "text": "Names refer"}]
+
+
+def test_an_answer_that_only_calls_tools_has_no_content(pipeline: Any) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": "How warm is it?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "user", "content": "Well?"},
+    ]
+    # It reaches Gemma's own template, which has no place for it.
+    with pytest.raises(TokenizerError, match="it has no place for tools"):
+        pipeline(chat)
 
 
 def test_what_a_pipeline_is_made_of(pipeline: Any) -> None:

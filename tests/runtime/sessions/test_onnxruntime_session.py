@@ -15,6 +15,7 @@ from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import (
     BackendUnavailableError,
     BundleError,
+    RequestError,
     SessionError,
     UnsafePathError,
 )
@@ -330,3 +331,8 @@ def test_cuda_gives_the_logits_of_the_cpu(
             assert [len(text) for text in greedy_texts(session, prompts)] == [NEW_TOKENS] * 8
     # float16 sums of about 10, in another order.
     np.testing.assert_allclose(logits["cuda"], logits["cpu"], atol=0.1, rtol=0)
+
+
+def test_too_many_threads_are_refused(text_bundle: Any) -> None:
+    with pytest.raises(RequestError, match="threads is 1,000; this process may use"):
+        OnnxRuntimeSession(Bundle.open(text_bundle("gemma1")), threads=1000)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_deploy.errors import BackendUnavailableError, SessionError
+from gemma_deploy.errors import BackendUnavailableError, RequestError, SessionError
 from gemma_deploy.model.transformer import GemmaModel
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.generator import BatchGeneration
@@ -122,3 +122,8 @@ def test_errors_of_use(text_checkpoint: Any) -> None:
             session.new_cache(1, 1 << 50)
     with pytest.raises(SessionError, match="the session is closed"):
         session.step(zero, np.zeros(1, np.int64), zero, cache)
+
+
+def test_too_many_threads_are_refused(text_checkpoint: Any) -> None:
+    with pytest.raises(RequestError, match="threads is 1,000; this process may use"):
+        TorchSession(text_checkpoint("gemma1"), threads=1000)

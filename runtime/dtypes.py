@@ -1,39 +1,8 @@
-"""What a model can be loaded with: threads, and the dtype that a bundle or an engine has already."""
-
-import os
-from typing import Final
+"""The dtype that a model is loaded in, or has already."""
 
 from gemma_deploy.errors import RequestError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType
-from gemma_deploy.runtime.request import whole_number
 from gemma_deploy.runtime.source import ModelSource
-
-# More only get into each other's way: a thousand on two cores never come to an end.
-_MOST_THREADS_PER_CORE: Final = 4
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def check_threads(threads: int | None) -> None:
-    """Refuse a number of threads below 1 or far beyond the cores that this process may use.
-
-    Raises:
-        RequestError: Stating the cores found.
-    """
-    if threads is None:
-        return
-    threads = whole_number("threads", threads, 1)
-    cores = available_cores()
-    if threads > _MOST_THREADS_PER_CORE * cores:
-        raise RequestError(
-            f"threads is {threads:,}; this process may use {cores} core(s), where more than "
-            f"{_MOST_THREADS_PER_CORE * cores} threads would hardly advance: use {cores}, or leave it out"
-        )
 
 
 def dtype_name(dtype: object) -> DType | None:
