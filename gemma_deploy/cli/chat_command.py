@@ -3,10 +3,11 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.cli.chat_commands import ChatState, obey
 from gemma_deploy.cli.console import notice
 from gemma_deploy.cli.conversation import Conversation
 from gemma_deploy.cli.generate_command import summary
@@ -22,13 +23,6 @@ from gemma_deploy.text_files import decode_text
 if TYPE_CHECKING:
     from gemma_deploy.runtime.request import GenerationOptions
     from gemma_deploy.runtime.text_generator import TextGenerator
-
-_HELP: Final = """\
-/reset      forget the conversation, keep the system prompt
-/stats      show or hide the speed of each answer
-/help       show this
-/exit       leave (Ctrl-D does too)
-A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
 
 
 @click.command(
@@ -104,9 +98,11 @@ class Chat:
         options: "GenerationOptions",
     ) -> None:
         self._generator = generator
-        self._conversation = conversation
-        self._options = options
-        self._shows_stats = False
+        self._state = ChatState(
+            conversation=conversation,
+            options=options,
+            most_new_tokens=lambda o: generator.resolved_options(o).most_new_tokens(0),
+        )
 
     def run(self) -> None:
         """Serve messages until /exit or the end of input."""
@@ -116,27 +112,14 @@ class Chat:
             notice("Type a message; /help lists the commands.")
         while (text := _read_message()) is not None:
             if text.startswith("/"):
-                if text == "/exit":
+                if not obey(self._state, text):
                     return
-                self._obey(text)
             elif text:
                 self._reply(text)
 
-    def _obey(self, text: str) -> None:
-        if text == "/reset":
-            self._conversation.reset()
-            notice("The conversation starts anew.")
-        elif text == "/stats":
-            self._shows_stats = not self._shows_stats
-            notice(f"The speed of answers is {'shown' if self._shows_stats else 'hidden'}.")
-        elif text == "/help":
-            notice(_HELP)
-        else:
-            notice(f"{text.split(maxsplit=1)[0]} is no command; /help lists them.")
-
     def _reply(self, text: str) -> None:
         """Answer a message; a message that cannot be answered leaves the conversation as it was."""
-        conversation = self._conversation
+        conversation = self._state.conversation
         try:
             dropped = conversation.ask(text)
         except (RequestError, TokenizerError) as err:
@@ -151,7 +134,7 @@ class Chat:
             try:
                 stream = self._generator.chat(
                     conversation.messages,
-                    self._options,
+                    self._state.options,
                     is_cancelled=is_cancelled,
                     on_progress=on_progress,
                 )
@@ -169,7 +152,7 @@ class Chat:
         else:
             conversation.take_back()
             notice("(The answer is empty; the message is forgotten.)")
-        if self._shows_stats:  # how it ended is among them
+        if self._state.shows_stats:  # how it ended is among them
             notice(f"({summary(result)})")
         elif result.finish_reason == "cancelled":
             notice(f"(Interrupted after {len(result.token_ids)} tokens.)")

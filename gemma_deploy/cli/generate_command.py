@@ -62,6 +62,12 @@ multiplies matrices in float32.
     help="Read control tokens that a prompt spells (<end_of_turn>, <bos>) as plain text: for prompts "
     "that hold other people's words. With --chat that is always so.",
 )
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Take the whole of FILE (UTF-8) as one prompt.",
+)
 @sampling_options
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System prompt for --chat.")
@@ -89,6 +95,7 @@ def command(
     bundle: str,
     prompts: tuple[str, ...],
     file: str | None,
+    prompt_file: Path | None,
     no_special_tokens: bool,
     chat: bool,
     system: str | None,
@@ -104,14 +111,14 @@ def command(
 ) -> None:
     """Continue each PROMPT with the model in the folder BUNDLE.
 
-    Prompts come as arguments, from --file, or from stdin, which is one prompt as a whole. A single
-    prompt's text is streamed while it is generated; several are printed under headers, in their
+    Prompts come as arguments, from --file, or from --prompt-file or stdin, which are one prompt as a
+    whole. A single prompt's text is streamed while it is generated; several are printed under headers, in their
     order.
     """
     if system is not None and not chat:
         raise click.UsageError("--system is for chat templates: give --chat too")
     options = generation_options(**sampling)
-    texts = read_prompts(prompts, file)
+    texts = read_prompts(prompts, file, prompt_file)
     if system is not None:
         system = argument_text(system, "--system")
     generator = load_model(

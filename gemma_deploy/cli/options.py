@@ -63,6 +63,7 @@ def sampling_options(function: Function) -> Function:
         ),
         click.option(
             "--temperature",
+            "--temp",
             type=click.FloatRange(min=0),
             metavar="X",
             help="Sample, with logits divided by X: below 1 is safer, above 1 is wilder, 0 is "

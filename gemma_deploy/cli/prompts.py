@@ -11,7 +11,9 @@ from gemma_deploy.errors import RequestError
 from gemma_deploy.text_files import decode_text, plain_text, read_text
 
 
-def read_prompts(arguments: tuple[str, ...], file: str | None) -> list[str]:
+def read_prompts(
+    arguments: tuple[str, ...], file: str | None, prompt_file: Path | None = None
+) -> list[str]:
     """Return the prompts of a command line.
 
     Wherever they come from, byte order marks are dropped and CR LF is LF.
@@ -19,16 +21,21 @@ def read_prompts(arguments: tuple[str, ...], file: str | None) -> list[str]:
     Args:
         arguments: Prompts given as arguments.
         file: A file with one prompt per line (`-` for stdin), or None.
+        prompt_file: A file that is one prompt, or None.
 
     Returns:
-        The arguments, else the file's prompts, else the whole of stdin as one prompt.
+        The arguments, else the files' prompts, else the whole of stdin as one prompt.
 
     Raises:
-        click.UsageError: Both or none of them.
+        click.UsageError: Several or none of them.
         RequestError: The file cannot be read, or a line is not what it should be.
     """
     if arguments and file is not None:
         raise click.UsageError("prompts come as arguments or from --file, not both")
+    if prompt_file is not None:
+        if arguments or file is not None:
+            raise click.UsageError("--prompt-file is one prompt: give no arguments and no --file")
+        return [_whole(read_text(prompt_file), str(prompt_file))]
     if arguments:
         return [argument_text(text, f"prompt {i}") for i, text in enumerate(arguments, 1)]
     if file is not None:
@@ -37,10 +44,7 @@ def read_prompts(arguments: tuple[str, ...], file: str | None) -> list[str]:
         raise click.UsageError(
             'no prompt: give one as an argument ("The for statement"), with --file, or on stdin'
         )
-    text = _stdin_text().removesuffix("\n")
-    if not text:
-        raise RequestError("stdin is empty: expected a prompt")
-    return [text]
+    return [_whole(_stdin_text(), "stdin")]
 
 
 def argument_text(text: str, place: str) -> str:
@@ -60,6 +64,14 @@ def argument_text(text: str, place: str) -> str:
             "saved as UTF-8"
         )
     return plain_text(text)
+
+
+def _whole(text: str, place: str) -> str:
+    """Return a text that is one prompt: without the line end that editors put behind it."""
+    prompt = text.removesuffix("\n")
+    if not prompt:
+        raise RequestError(f"{place} is empty: expected a prompt")
+    return prompt
 
 
 def _read_file(name: str) -> list[str]:

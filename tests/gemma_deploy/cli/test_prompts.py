@@ -22,6 +22,17 @@ class TestArguments:
     def test_of_windows(self) -> None:
         assert read_prompts(("\ufeffone\r\ntwo\r",), None) == ["one\ntwo\n"]
 
+    def test_a_file_that_is_one_prompt(self, tmp_path: Path) -> None:
+        path = tmp_path / "prompt.txt"
+        path.write_bytes(b"\xef\xbb\xbfTwo lines\r\nof one prompt\r\n")
+        assert read_prompts((), None, path) == ["Two lines\nof one prompt"]
+        for arguments, file in ((("a",), None), ((), "f")):
+            with pytest.raises(click.UsageError, match="--prompt-file is one prompt"):
+                read_prompts(arguments, file, path)
+        path.write_text("\n")
+        with pytest.raises(RequestError, match=r"prompt\.txt is empty"):
+            read_prompts((), None, path)
+
     def test_beside_a_file(self) -> None:
         with pytest.raises(click.UsageError, match="arguments or from --file, not both"):
             read_prompts(("one",), "file.txt")

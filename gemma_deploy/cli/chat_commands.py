@@ -1,0 +1,127 @@
+"""The commands of `gemma-deploy chat`, which begin with a slash: `obey`."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gemma_deploy.cli.console import notice
+from gemma_deploy.cli.conversation import Conversation
+from gemma_deploy.errors import RequestError
+
+if TYPE_CHECKING:
+    from gemma_deploy.runtime.request import GenerationOptions
+
+_HELP: Final = """\
+/reset              forget the conversation, keep the system prompt (also /clear)
+/system TEXT        tell the model TEXT beforehand, and start anew; without TEXT, show what it is told
+/set NAME VALUE     change how answers are generated: {names};
+                    the VALUE default leaves it to the model again; without NAME, show what was set
+/save FILE          write the conversation to FILE, as JSON
+/stats              show or hide the speed of each answer
+/help               show this
+/exit               leave (also /quit and /bye; Ctrl-D does too)
+A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+
+_ALIASES: Final[Mapping[str, str]] = {"/clear": "/reset", "/quit": "/exit", "/bye": "/exit"}
+_SETTABLE: Final[Mapping[str, type[int] | type[float]]] = {
+    "max-new-tokens": int,
+    "temperature": float,
+    "top-k": int,
+    "top-p": float,
+    "repetition-penalty": float,
+    "seed": int,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class ChatState:
+    """What commands look at and change.
+
+    Attributes:
+        conversation: What was said so far.
+        options: How answers are generated.
+        most_new_tokens: Most tokens of an answer that options mean.
+        shows_stats: Whether the speed of each answer is shown.
+    """
+
+    conversation: Conversation
+    options: "GenerationOptions"
+    most_new_tokens: "Callable[[GenerationOptions], int]"
+    shows_stats: bool = False
+
+
+def obey(state: ChatState, text: str) -> bool:
+    """Carry out a command, and say what was done; return whether the chat goes on."""
+    name, _, argument = text.partition(" ")
+    name, argument = _ALIASES.get(name, name), argument.strip()
+    if name == "/exit":
+        return False
+    if name == "/reset":
+        state.conversation.reset()
+        notice("The conversation starts anew.")
+    elif name == "/system":
+        _system(state, argument)
+    elif name == "/set":
+        _set(state, argument)
+    elif name == "/save":
+        _save(state, argument)
+    elif name == "/stats":
+        state.shows_stats = not state.shows_stats
+        notice(f"The speed of answers is {'shown' if state.shows_stats else 'hidden'}.")
+    elif name == "/help":
+        notice(_HELP.format(names=", ".join(_SETTABLE)))
+    else:
+        notice(f"{name} is no command; /help lists them.")
+    return True
+
+
+def _system(state: ChatState, text: str) -> None:
+    if text:
+        state.conversation.system = text
+        state.conversation.reset()
+        notice("The conversation starts anew.")
+    else:
+        notice(state.conversation.system or "(The model is told nothing beforehand.)")
+
+
+def _set(state: ChatState, argument: str) -> None:
+    from gemma_deploy.runtime.request import with_overrides
+
+    if not argument:
+        given = {name: getattr(state.options, _field(name)) for name in _SETTABLE}
+        said = [f"{name} {value}" for name, value in given.items() if value is not None]
+        notice(", ".join(said) or "(Nothing is set: answers are generated as the model says.)")
+        return
+    name, _, value = argument.partition(" ")
+    if name not in _SETTABLE:
+        notice(f"{name} cannot be set; expected {', '.join(_SETTABLE)}.")
+        return
+    try:
+        number = None if value == "default" else _SETTABLE[name](value)
+        state.options = with_overrides(state.options, {_field(name): number})
+    except (RequestError, ValueError) as err:
+        notice(f"Error: {err if isinstance(err, RequestError) else f'{value!r} is no number'}")
+        return
+    state.conversation.max_new_tokens = state.most_new_tokens(state.options)
+    notice(f"{name} is {'left to the model' if number is None else number}.")
+
+
+def _save(state: ChatState, name: str) -> None:
+    if not name:
+        notice("Give a file: /save FILE")
+        return
+    text = json.dumps(state.conversation.messages, ensure_ascii=False, indent=1)
+    path = Path(name).expanduser()
+    try:
+        with path.open("x", encoding="utf-8") as file:  # never over another file
+            file.write(text + "\n")
+    except OSError as err:
+        notice(f"Error: {path} cannot be written: {err.strerror}")
+        return
+    notice(f"wrote {path}")
+
+
+def _field(name: str) -> str:
+    return name.replace("-", "_")
