@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import pytest
 
+pytest_plugins = ["tests.hang_watch"]
+
 
 @dataclass(frozen=True)
 class TinyModel:

@@ -13,10 +13,9 @@ from gemma_deploy.graph_spec import graph_spec
 from gemma_deploy.model import GemmaForCausalLM
 from gemma_deploy.model.feed_forward import GemmaFeedForward
 from gemma_deploy.model.norm import RMSNorm
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 TinyFolders = Callable[..., Path]
-# Float32 sums in another order; the inflated models' logits are of the order of 1 to 100.
-ATOL, RTOL = 2e-4, 1e-4
 NUM_TOKENS, CAPACITY = 40, 48
 
 
@@ -50,12 +49,12 @@ def test_prefill_and_decode_equal_forward(
             *new_cache(model.config, 2),
         )
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits[:, 0], wanted[rows, lengths - 1], atol=ATOL, rtol=RTOL)
+        assert_near(logits[:, 0], wanted[rows, lengths - 1], roundings=MODEL_FLOAT32)
         for step in range(NUM_TOKENS - 25):
             pos = lengths + step
             logits, *cache = DecodeModule(model)(tokens[rows, pos][:, None], pos, *cache)
             assert logits.shape == (2, 1, model.config.vocab_size)
-            torch.testing.assert_close(logits[:, 0], wanted[rows, pos], atol=ATOL, rtol=RTOL)
+            assert_near(logits[:, 0], wanted[rows, pos], roundings=MODEL_FLOAT32)
 
 
 def test_the_last_feed_forward_runs_only_where_logits_are_asked_for(
@@ -90,7 +89,7 @@ def test_chunks_of_ragged_rows_equal_forward(
         positions = starts[:, None] + index
         logits, *_ = prefill(tokens.gather(1, positions), starts, index, *cache)
     rows = torch.arange(2)[:, None]
-    torch.testing.assert_close(logits, wanted[rows, positions], atol=ATOL, rtol=RTOL)
+    assert_near(logits, wanted[rows, positions], roundings=MODEL_FLOAT32)
 
 
 def test_logits_index_picks_and_repeats(
@@ -102,7 +101,7 @@ def test_logits_index_picks_and_repeats(
             tokens, torch.zeros(2, dtype=torch.int64), index, *new_cache(model.config, 2)
         )
         wanted = model(tokens).logits[torch.arange(2)[:, None], index]
-    torch.testing.assert_close(logits, wanted, atol=ATOL, rtol=RTOL)
+    assert_near(logits, wanted, roundings=MODEL_FLOAT32)
 
 
 def test_arguments_and_results_are_those_of_the_spec(model: GemmaForCausalLM) -> None:

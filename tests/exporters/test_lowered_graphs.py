@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from gemma_deploy.engine_build import Attention
 from gemma_deploy.graph_spec import DType, Phase
+from tests.rounding import assert_logits_near
 
 TinyFolders = Callable[..., Path]
 RandomTokens = Callable[..., Tensor]
+Activations = Literal["float32", "float16"]
 # Every generation; MHA, GQA and MQA; biases, an untied head; windows and softcaps that bite.
 NARROW: list[tuple[str, DType]] = [
     ("gemma1", "float16"),
@@ -34,8 +36,6 @@ BUILT_FROM = [
     if (narrow[0], attention) != ("gemma2", "native")
 ]
 NUM_TOKENS, CAPACITY = 48, 60
-# Shares of the logits' spread, as for the graphs of ONNX Runtime.
-FLOAT32_SHARE, FLOAT16_SHARE = 2e-4, 6e-2
 
 
 class OpenPhase(Protocol):
@@ -59,13 +59,9 @@ def narrowed(tiny_checkpoint: TinyFolders, oracle: Any) -> Callable[[str, DType]
     return get
 
 
-def assert_near(actual: Any, wanted: Tensor, share: float) -> None:
-    spread = float(wanted.std())
-    assert spread > 0.5
-    torch.testing.assert_close(torch.as_tensor(actual), wanted, rtol=0, atol=share * spread)
-
-
-def check_walk(open_phase: OpenPhase, model: Any, tokens: Tensor, share: float) -> None:
+def check_walk(
+    open_phase: OpenPhase, model: Any, tokens: Tensor, activations: Activations = "float32"
+) -> None:
     """Rows of 5, 12 and 21 tokens at once, 7 more of each at once, then one at a time."""
     prefill, decode = open_phase("prefill"), open_phase("decode")
     with torch.no_grad():
@@ -75,15 +71,15 @@ def check_walk(open_phase: OpenPhase, model: Any, tokens: Tensor, share: float) 
     cache = prefill.new_cache(3, CAPACITY)
     logits, cache = prefill.run(padded, [0, 0, 0], cache, lengths[:, None] - 1)
     assert logits.dtype == np.float32
-    assert_near(logits[:, 0], wanted[rows, lengths - 1], share)
+    assert_logits_near(logits[:, 0], wanted[rows, lengths - 1], activations=activations)
     positions = lengths[:, None] + np.arange(7)
     chunk = tokens[rows[:, None], positions]
     logits, cache = prefill.run(chunk, lengths, cache, np.tile(np.arange(7), (3, 1)))
-    assert_near(logits, wanted[rows[:, None], positions], share)
+    assert_logits_near(logits, wanted[rows[:, None], positions], activations=activations)
     for step in range(NUM_TOKENS - 28):
         pos = lengths + 7 + step
         logits, cache = decode.run(tokens[rows, pos][:, None], pos, cache)
-        assert_near(logits[:, 0], wanted[rows, pos], share)
+        assert_logits_near(logits[:, 0], wanted[rows, pos], activations=activations)
 
 
 @pytest.mark.parametrize(("name", "dtype", "attention"), BUILT_FROM)
@@ -100,7 +96,7 @@ def test_what_engines_are_built_from(
     folder = tiny_bundle(name, dtype)
     check_walk(
         lambda phase: open_reference_graph(folder, phase, attention),
-        narrowed(name, dtype), random_tokens(3, NUM_TOKENS), FLOAT32_SHARE,
+        narrowed(name, dtype), random_tokens(3, NUM_TOKENS),
     )  # fmt: skip
 
 
@@ -116,7 +112,7 @@ def test_tensorrt_files_run_by_themselves(
     folder = tiny_bundle(name, "float16")
     check_walk(
         lambda phase: open_graph(folder, phase, "tensorrt"),
-        narrowed(name, "float16"), random_tokens(3, NUM_TOKENS), FLOAT16_SHARE,
+        narrowed(name, "float16"), random_tokens(3, NUM_TOKENS), "float16",
     )  # fmt: skip
 
 
@@ -130,10 +126,10 @@ def test_portable_files(
     open_graph: Any,
 ) -> None:
     folder = tiny_bundle(name, dtype)
-    share = FLOAT16_SHARE if dtype == "float16" else FLOAT32_SHARE
     check_walk(
         lambda phase: open_graph(folder, phase, "portable"),
-        narrowed(name, dtype), random_tokens(3, NUM_TOKENS), share,
+        narrowed(name, dtype), random_tokens(3, NUM_TOKENS),
+        "float16" if dtype == "float16" else "float32",
     )  # fmt: skip
 
 
@@ -155,11 +151,11 @@ def test_portable_files_in_another_implementation_of_onnx(
     feeds = graph.feeds(head, [0, 0], graph.new_cache(2, 24), lengths[:, None] - 1)
     found: list[Any] = list(reference.run(None, feeds))
     logits, cache = found[0], found[1:]
-    assert_near(logits[:, 0], wanted[rows[:, 0], lengths - 1], FLOAT32_SHARE)
+    assert_logits_near(logits[:, 0], wanted[rows[:, 0], lengths - 1])
     positions = lengths[:, None] + np.arange(8)
     feeds = graph.feeds(tokens[rows, positions], lengths, cache, np.tile(np.arange(8), (2, 1)))
     logits = next(iter(reference.run(None, feeds)))
-    assert_near(logits, wanted[rows, positions], FLOAT32_SHARE)
+    assert_logits_near(logits, wanted[rows, positions])
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.tracing import trace_model
 from gemma_deploy.exporters.weights import plan_weights
 from gemma_deploy.graph_spec import DType, Phase, Precision, graph_spec
+from tests.rounding import assert_logits_near
 
 TinyFolders = Callable[..., Path]
 RandomTokens = Callable[..., Tensor]
@@ -42,11 +43,6 @@ NARROW: list[tuple[str, DType]] = [
 ]
 NUM_TOKENS = 48  # three windows of the widest kind
 CAPACITY = 60
-# Shares of the logits' spread (their standard deviation).
-# Float32 sums in another order: 2^-24 for each, amplified by inflated weights through three layers.
-FLOAT32_SHARE = 2e-4
-# Every activation is rounded to 11 bits, 2^-12 of itself, some thirty times on the way.
-FLOAT16_SHARE = 6e-2
 
 
 @pytest.fixture(params=MODELS)
@@ -64,13 +60,6 @@ def reference(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(tokens, use_cache=False).logits
     return logits
-
-
-def assert_near(actual: Any, wanted: Tensor, share: float = FLOAT32_SHARE) -> None:
-    spread = float(wanted.std())
-    # A model whose logits hardly differ would prove nothing.
-    assert spread > 0.5
-    torch.testing.assert_close(torch.as_tensor(actual), wanted, rtol=0, atol=share * spread)
 
 
 def all_positions(rows: int, length: int) -> Any:
@@ -91,7 +80,7 @@ def test_whole_prefill(
         tokens, [0, 0], graph.new_cache(2, CAPACITY), all_positions(2, NUM_TOKENS)
     )
     assert logits.dtype == np.float32
-    assert_near(logits, reference(oracle(tiny_checkpoint(name)), tokens))
+    assert_logits_near(logits, reference(oracle(tiny_checkpoint(name)), tokens))
 
 
 def test_ragged_prefill_and_decode_far_past_the_windows(
@@ -111,15 +100,15 @@ def test_ragged_prefill_and_decode_far_past_the_windows(
     padded = np.where(np.arange(21) < lengths[:, None], tokens[:, :21], 0)
     last = lengths[:, None] - 1
     logits, cache = prefill.run(padded, [0, 0, 0], prefill.new_cache(3, CAPACITY), last)
-    assert_near(logits[:, 0], wanted[rows, lengths - 1])
+    assert_logits_near(logits[:, 0], wanted[rows, lengths - 1])
     for step in range(NUM_TOKENS - 21):
         pos = lengths + step
         one_token = tokens[rows, pos][:, None]
         by_prefill, _ = prefill.run(one_token, pos, cache, [[0]] * 3)
         logits, cache = decode.run(one_token, pos, cache)
         assert logits.shape == (3, 1, 512)
-        assert_near(logits[:, 0], wanted[rows, pos])
-        assert_near(by_prefill[:, 0], wanted[rows, pos])
+        assert_logits_near(logits[:, 0], wanted[rows, pos])
+        assert_logits_near(by_prefill[:, 0], wanted[rows, pos])
 
 
 def test_prompts_split_in_chunks(
@@ -138,7 +127,7 @@ def test_prompts_split_in_chunks(
     for length in (3, 1, 17, 27):
         chunk = tokens[:, start : start + length]
         logits, cache = graph.run(chunk, [start], cache, all_positions(1, length))
-        assert_near(logits, wanted[:, start : start + length])
+        assert_logits_near(logits, wanted[:, start : start + length])
         start += length
     assert start == NUM_TOKENS
 
@@ -158,7 +147,7 @@ def test_logits_are_those_asked_for(
     tokens = random_tokens(2, 20)
     logits, _ = graph.run(tokens, [0, 0], graph.new_cache(2, 32), index)
     wanted = reference(oracle(tiny_checkpoint("gemma3")), tokens)
-    assert_near(
+    assert_logits_near(
         logits, torch.stack([row[positions] for row, positions in zip(wanted, index, strict=True)])
     )
 
@@ -206,15 +195,15 @@ def test_narrow_bundles(
                 parameter.copy_(parameter.to(getattr(torch, dtype)))
     tokens = random_tokens(2, NUM_TOKENS)
     wanted = reference(model, tokens)
-    share = FLOAT16_SHARE if dtype == "float16" else FLOAT32_SHARE
+    activations: Literal["float32", "float16"] = "float16" if dtype == "float16" else "float32"
     prefill, decode = (open_graph(tiny_bundle(name, dtype), p) for p in ("prefill", "decode"))
     head = all_positions(2, 30)
     logits, cache = prefill.run(tokens[:, :30], [0, 0], prefill.new_cache(2, CAPACITY), head)
     assert logits.dtype == np.float32
-    assert_near(logits, wanted[:, :30], share)
+    assert_logits_near(logits, wanted[:, :30], activations=activations)
     for pos in range(30, NUM_TOKENS):
         logits, cache = decode.run(tokens[:, pos : pos + 1], [pos, pos], cache)
-        assert_near(logits[:, 0], wanted[:, pos], share)
+        assert_logits_near(logits[:, 0], wanted[:, pos], activations=activations)
 
 
 BUNDLES: list[tuple[str, DType]] = [("gemma1-untied", "float32"), ("gemma2", "float16")]

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import GemmaDeployWarning
 from gemma_deploy.exporters.export import export_checkpoint
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 SAVED = "model.safetensors"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Of the largest logit: float32 sums in another order.
-SHARE_FLOAT32 = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -49,4 +48,4 @@ def test_logits_are_those_of_the_stored_head(
         wanted = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
         )(torch.tensor(ids)).logits.numpy()
-    assert np.abs(logits - wanted).max() <= SHARE_FLOAT32 * np.abs(wanted).max()
+    assert_near(logits, wanted, roundings=MODEL_FLOAT32)

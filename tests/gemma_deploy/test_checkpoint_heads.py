@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, GemmaDeployWarning
 from gemma_deploy.model import GemmaForCausalLM
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 SAVED = "model.safetensors"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# float32 logits: sums in another order differ by some hundred roundings of 6e-8.
-SHARE_FLOAT32 = 1e-5
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -60,7 +59,7 @@ def assert_logits_are_those_of_transformers(folder: Path) -> None:
     ours = GemmaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )(ids).logits
-    assert (ours - theirs).abs().max() <= SHARE_FLOAT32 * theirs.abs().max()
+    assert_near(ours, theirs, roundings=MODEL_FLOAT32)
 
 
 def test_a_head_of_its_own_is_the_head_whatever_the_config_says(folder: Path) -> None:

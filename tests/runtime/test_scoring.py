@@ -9,9 +9,7 @@ import pytest
 from gemma_deploy.runtime.scoring import TextLogits, piece_size
 from gemma_deploy.runtime.sessions.session import Session, SessionLimits
 from gemma_deploy.runtime.sessions.torch_session import TorchSession
-
-# float32 sums of another order: steps of other sizes.
-ATOL = 1e-4
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def test_pieces_are_the_logits_of_the_whole_text(
     found = np.concatenate(pieces)
     assert found.dtype == np.float32
     assert max(len(piece) for piece in pieces) <= 10
-    np.testing.assert_allclose(found, expected[first:].numpy(), atol=ATOL)
+    assert_near(found, expected[first:], roundings=MODEL_FLOAT32)
 
 
 @pytest.mark.parametrize(

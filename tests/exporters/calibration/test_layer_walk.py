@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 TinyFolders = Callable[..., Path]
 
@@ -34,9 +35,9 @@ def test_hidden_states_are_those_of_transformers(
         states = oracle(tiny_checkpoint(name))(rows, output_hidden_states=True).hidden_states
     walk = LayerWalk(Checkpoint.open(tiny_checkpoint(name)), rows)
     for index in range(walk.config.num_hidden_layers):
-        torch.testing.assert_close(walk.hidden, states[index], rtol=1e-4, atol=1e-4)
+        assert_near(walk.hidden, states[index], roundings=MODEL_FLOAT32)
         walk.advance(walk.layer(index))
-    torch.testing.assert_close(walk.last_norm()(walk.hidden), states[-1], rtol=1e-4, atol=1e-4)
+    assert_near(walk.last_norm()(walk.hidden), states[-1], roundings=MODEL_FLOAT32)
 
 
 def test_a_stream_of_ones_own_leaves_the_other_alone(

@@ -31,10 +31,12 @@ def quantized(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 class TestWholeBundle:
-    @pytest.mark.parametrize("lowering", ["onnxruntime", "tensorrt"])
+    # Widened graphs are allowed ten times as much, for a factor that 16 bits hold exactly here.
+    @pytest.mark.parametrize(("lowering", "share"), [("onnxruntime", 1.0), ("tensorrt", 0.1)])
     def test_its_graphs_agree_with_its_own_weights(
         self,
         lowering: str,
+        share: float,
         invoke: Callable[..., Result],
         quantized: Path,
         bundle_checkpoint: Path,
@@ -49,8 +51,9 @@ class TestWholeBundle:
         parity = [check["parity"] for check in checks if check["parity"]]
         assert len(parity) == 5
         for figures in parity:
-            # Rounding activations to 8 bits, as the bundle's own graphs do, would go far beyond.
-            assert figures["max_abs_difference"] < 0.1 * figures["tolerance"]
+            # Up to 1e-4 of the largest logit, as sums in another order are off. Rounding activations to
+            # 8 bits, as the bundle's own graphs do, goes far beyond.
+            assert figures["max_abs_difference"] <= share * figures["tolerance"]
 
     def test_the_distance_is_that_of_the_bundle_as_it_runs(
         self,

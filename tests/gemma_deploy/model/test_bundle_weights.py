@@ -16,6 +16,7 @@ from gemma_deploy.model import GemmaForCausalLM
 from gemma_deploy.model.bundle_weights import load_bundle_model, load_cache_scales
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.residual_scaling import LayerScaling, ResidualScaling
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 MATRIX = "model.layers.1.mlp.down_proj.weight"
 SCALED = LayerScaling(value=2, attention=4, up=8, feed_forward=16)
@@ -78,7 +79,7 @@ def test_the_model_computes_what_the_checkpoints_does(
         found = load_bundle_model(bundle)(tokens, use_cache=False).logits
         expected = oracle(bundle.folder)(tokens).logits
 
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # float32 in another order
+    assert_near(found, expected, roundings=MODEL_FLOAT32)
 
 
 @pytest.mark.parametrize("scheme", ["int4/32", "int8/64", "int8/channel", "fp8/channel"])

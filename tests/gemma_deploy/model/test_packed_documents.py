@@ -12,9 +12,8 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.model import DynamicCache, GemmaForCausalLM, GemmaModel, StaticCache
 from gemma_deploy.model.packed_documents import document_numbers
+from tests.rounding import MODEL_FLOAT32, assert_near
 
-# float32 logits up to 5 in size: sums in another order differ by some 1e-6 of that per layer.
-ATOL_FLOAT32 = 1e-4
 # Longer than the windows of 8 of the tiny models.
 LENGTHS = ((13, 20, 1, 6), (11, 29))
 NAMES = ["gemma1", "gemma2", "gemma3"]
@@ -70,7 +69,7 @@ class TestKeptApart:
         expected = theirs(ids, position_ids=position_ids, use_cache=False).logits
 
         actual = ours(ids, position_ids=position_ids, use_cache=False).logits
-        torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL_FLOAT32)
+        assert_near(actual, expected, roundings=MODEL_FLOAT32)
 
     def test_a_document_is_read_as_by_itself(
         self,
@@ -88,7 +87,7 @@ class TestKeptApart:
         together = model(ids, position_ids=packed(*LENGTHS[0]), use_cache=False).logits
 
         alone = torch.cat([model(x, use_cache=False).logits for x in documents], dim=1)
-        torch.testing.assert_close(together, alone, rtol=0, atol=ATOL_FLOAT32)
+        assert_near(together, alone, roundings=MODEL_FLOAT32)
 
 
 class TestRefused:
@@ -156,7 +155,7 @@ def test_positions_of_padding_mean_nothing(
     model = GemmaForCausalLM.from_pretrained(folder)
     actual = model(ids, attention_mask=mask, position_ids=positions).logits
     seen = mask.bool()
-    torch.testing.assert_close(actual[seen], expected[seen], rtol=0, atol=ATOL_FLOAT32)
+    assert_near(actual[seen], expected[seen], roundings=MODEL_FLOAT32)
 
 
 def test_gaps_in_a_cache_are_not_documents(
@@ -168,7 +167,7 @@ def test_gaps_in_a_cache_are_not_documents(
     expected = oracle(folder)(ids, position_ids=positions, use_cache=True).logits
 
     actual = GemmaForCausalLM.from_pretrained(folder)(ids, position_ids=positions).logits
-    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL_FLOAT32)
+    assert_near(actual, expected, roundings=MODEL_FLOAT32)
 
 
 def test_numbers() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.model import GemmaForCausalLM, saving
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 NAMES = ["gemma1", "gemma1-mha-bias", "gemma1-untied", "gemma2", "gemma3"]
 
@@ -33,7 +34,7 @@ def test_transformers_and_we_read_it_back(
     with torch.no_grad():
         expected = model(ids).logits
         assert torch.equal(again(ids).logits, expected)
-        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=0)
+        assert_near(theirs(ids).logits, expected, roundings=MODEL_FLOAT32)
 
 
 def test_a_tied_head_is_stored_once_in_its_dtype(

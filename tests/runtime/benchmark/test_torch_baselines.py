@@ -10,9 +10,8 @@ from gemma_deploy.errors import SessionError
 from gemma_deploy.runtime.benchmark.compiled_session import CompiledTorchSession
 from gemma_deploy.runtime.benchmark.transformers_session import TransformersSession
 from gemma_deploy.runtime.devices import Device
+from tests.rounding import MODEL_FLOAT32, assert_near
 
-# float32 logits of about 10: what a different order of summation leaves.
-TOLERANCE = 2e-4
 PROMPT, CACHE = 20, 24
 
 # Tracing imports parts of torch that warn of other parts of torch.
@@ -57,7 +56,7 @@ def test_prefill_and_decode_match_transformers(
             with torch.no_grad():
                 expected = model(tokens[:, :stop]).logits[:, -1:]
             assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+            assert_near(found, expected, roundings=MODEL_FLOAT32)
     session.close()
 
 

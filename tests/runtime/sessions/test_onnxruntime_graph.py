@@ -17,6 +17,7 @@ from gemma_deploy.runtime.cache_buffers import CacheBuffers
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.sessions.onnxruntime_graph import GraphSource, OnnxRuntimeGraph
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 CPU = Device(kind="cpu")
 
@@ -51,8 +52,7 @@ def test_graphs_of_another_lowering_give_the_same_logits(bundle: Bundle) -> None
     with OnnxRuntimeSession(
         bundle, device=CPU, threads=1, use_decode_graph=True, graphs=sources(bundle)
     ) as session:
-        # Float32 sums in another order.
-        np.testing.assert_allclose(logits(session), wanted, atol=2e-4)
+        assert_near(logits(session), wanted, roundings=MODEL_FLOAT32)
 
 
 def test_a_model_in_memory_reads_the_weights_beside_its_file(
@@ -144,7 +144,7 @@ def test_another_shape_or_cache_is_bound_anew(
         cache = session.new_cache(2, 16)
         wanted = decode(graph, cache, [9, 8], 0)
         alone = decode(graph, cache.rows(1, 2), [8], 0)
-        np.testing.assert_allclose(alone, wanted[1:], atol=2e-4)  # kernels of another shape
+        assert_near(alone, wanted[1:], roundings=MODEL_FLOAT32)  # kernels of another shape
         cache = session.new_cache(2, 16)
         np.testing.assert_array_equal(decode(graph, cache, [9, 8], 0), wanted)
         assert [x for x in binding.bound if x in TOKEN_INPUTS] == TOKEN_INPUTS * 3

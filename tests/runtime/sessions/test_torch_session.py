@@ -10,10 +10,9 @@ from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.generator import BatchGeneration
 from gemma_deploy.runtime.request import GenerationOptions
 from gemma_deploy.runtime.sessions.torch_session import TorchSession
+from tests.rounding import MODEL_FLOAT32, assert_near
 
 NAMES = ["gemma1", "gemma2", "gemma3"]
-# float32 logits of about 10: what a different order of summation leaves.
-TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,8 +33,8 @@ def test_ragged_rows_match_transformers(
     for row, length in enumerate(lengths):
         with torch.no_grad():
             expected = model(tokens[row : row + 1, : length + 1]).logits[0]
-        torch.testing.assert_close(first[row, 0], expected[length - 1], atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(second[row, 0], expected[length], atol=TOLERANCE, rtol=0)
+        assert_near(first[row, 0], expected[length - 1], roundings=MODEL_FLOAT32)
+        assert_near(second[row, 0], expected[length], roundings=MODEL_FLOAT32)
 
 
 def test_rows_of_a_cache_share_its_memory(text_checkpoint: Any, random_tokens: Any) -> None:
@@ -48,9 +47,9 @@ def test_rows_of_a_cache_share_its_memory(text_checkpoint: Any, random_tokens: A
         part = apart.rows(row, row + 1)
         assert (part.batch_size, part.max_seq_len) == (1, 16)
         alone = session.step(tokens[row : row + 1], np.zeros(1, np.int64), index, part).logits
-        torch.testing.assert_close(alone[0], together[row], atol=TOLERANCE, rtol=0)
+        assert_near(alone[0], together[row], roundings=MODEL_FLOAT32)
     for key, other in zip(whole.static.keys, apart.static.keys, strict=True):
-        torch.testing.assert_close(key[:, :, :9], other[:, :, :9], atol=TOLERANCE, rtol=0)
+        assert_near(key[:, :, :9], other[:, :, :9], roundings=MODEL_FLOAT32)
 
 
 @pytest.mark.parametrize("name", NAMES)
