@@ -139,10 +139,10 @@ class _Watch(threading.Thread):
                 idle_s += interval_s
             busy_s += min(max(used_s - before_s, 0), interval_s)
             if idle_s >= share * self._idle_s:
-                self._reason = f"hangs: did nothing for {idle_s:.0f} s"
+                self._reason = self._reason or f"hangs: did nothing for {idle_s:.0f} s"
                 return True
             if busy_s >= share * self._busy_s:
-                self._reason = f"hangs: still computes after {busy_s:.0f} s of it"
+                self._reason = self._reason or f"hangs: still computes after {busy_s:.0f} s of it"
                 return True
             self._watch_the_watch()
         return False
@@ -152,9 +152,8 @@ class _Watch(threading.Thread):
         ticks = 0
         for pid in _family(os.getpid()):
             if stat := _stat(Path(f"/proc/{pid}")):
-                ticks += sum(
-                    map(int, stat[11:15])
-                )  # in user and in system mode; of children that ended
+                # In user and in system mode, its own and that of children that ended.
+                ticks += sum(map(int, stat[11:15]))
         return ticks * _TICK_S - time.thread_time()
 
     def _watch_the_watch(self) -> None:
