@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class Device:
         match = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", text) if isinstance(text, str) else None
         if match is None or (match[2] is not None and match[1] != "cuda"):
             raise RequestError(
-                f"device is {given!r}; expected auto, cpu, cuda or cuda:N (N from 0), or a number: N, "
+                f"device is {shortened(given)}; expected auto, cpu, cuda or cuda:N (N from 0), or a number: N, "
                 "or -1 for the CPU"
             )
         kind: Literal["auto", "cpu", "cuda"] = match[1]  # type: ignore[assignment]  # as the pattern says

@@ -2,6 +2,7 @@
 
 from gemma_deploy.errors import RequestError
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.source import ModelSource
 
 
@@ -20,7 +21,9 @@ def dtype_name(dtype: object) -> DType | None:
     if dtype is None or name == "auto":
         return None
     if name not in DTYPE_BYTES:
-        raise RequestError(f"dtype is {dtype!r}; expected {', '.join(DTYPE_BYTES)}, or auto")
+        raise RequestError(
+            f"dtype is {shortened(dtype)}; expected {', '.join(DTYPE_BYTES)}, or auto"
+        )
     return name
 
 

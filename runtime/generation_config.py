@@ -5,13 +5,13 @@ The fields are those of transformers' `GenerationConfig`
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
 from gemma_deploy.errors import ConfigError, RequestError, warn
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.request import GenerationOptions, as_int
 
 # What transformers' `generate` takes where do_sample is true and the file has no top_k.
@@ -109,7 +109,7 @@ class GenerationDefaults:
         do_sample = given.get("do_sample")
         if not isinstance(do_sample, bool | None):
             raise ConfigError(
-                f"{place}: do_sample is {do_sample!r} ({type(do_sample).__name__}); expected true or "
+                f"{place}: do_sample is {shortened(do_sample)} ({type(do_sample).__name__}); expected true or "
                 "false: correct the file"
             )
         try:
@@ -124,7 +124,7 @@ class GenerationDefaults:
             do_sample=do_sample,
             eos_token_ids=eos_ids,
             ignored=tuple(
-                f"{name}={reprlib.repr(value)}"
+                f"{name}={shortened(value)}"
                 for name, value in given.items()
                 if changes_text(name, value)
             ),
@@ -205,6 +205,6 @@ def eos_token_ids(value: object) -> frozenset[int]:
     ids = [as_int(_number(one)) for one in (value if isinstance(value, list | tuple) else [value])]
     if None in ids:
         raise RequestError(
-            f"eos_token_id is {reprlib.repr(value)}; expected a token id, a list of token ids, or null"
+            f"eos_token_id is {shortened(value)}; expected a token id, a list of token ids, or null"
         )
     return frozenset(one for one in ids if one is not None and one >= 0)

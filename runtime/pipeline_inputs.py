@@ -1,11 +1,11 @@
 """What the pipeline is called with, told apart: `read_inputs`."""
 
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.prompts import Message
 
 TextInputs = str | Iterable[str] | Iterable[Message] | Iterable[Iterable[Message]]
@@ -49,7 +49,9 @@ def read_inputs(given: object) -> PipelineInputs:
 
 def _chat(given: object, place: str) -> list[Any]:
     if isinstance(given, str):
-        raise RequestError(f"text_inputs mixes texts and chats: {place} is {given!r}; {_EXPECTED}")
+        raise RequestError(
+            f"text_inputs mixes texts and chats: {place} is {shortened(given)}; {_EXPECTED}"
+        )
     messages = _listed(given, place)
     for index, message in enumerate(messages):
         if not _is_message(message):
@@ -71,7 +73,7 @@ def _is_message(one: object) -> bool:
 
 
 def _error(found: object, place: str) -> RequestError:
-    return RequestError(f"{place} is {reprlib.repr(found)} ({type(found).__name__}); {_EXPECTED}")
+    return RequestError(f"{place} is {shortened(found)} ({type(found).__name__}); {_EXPECTED}")
 
 
 _EXPECTED = (

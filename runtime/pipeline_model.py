@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gemma_deploy.errors import RequestError
 from gemma_deploy.hub import resolve_checkpoint
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.dtypes import check_dtype, dtype_name
 from gemma_deploy.runtime.source import may_be_hub_id
@@ -41,7 +42,7 @@ def placed(device: object, device_map: object) -> object:
         return "auto" if device is None else device
     if device is not None:
         raise RequestError(
-            f"device is {device!r} and device_map is {device_map!r}: give one of them"
+            f"device is {shortened(device)} and device_map is {shortened(device_map)}: give one of them"
         )
     whole = device_map
     if isinstance(device_map, Mapping) and list(device_map) == [""]:
@@ -50,7 +51,7 @@ def placed(device: object, device_map: object) -> object:
         Device.parse(whole)
     except RequestError as err:
         raise RequestError(
-            f"device_map is {device_map!r}; a model runs on one device here: expected auto, cpu, cuda or "
+            f"device_map is {shortened(device_map)}; a model runs on one device here: expected auto, cpu, cuda or "
             'cuda:N, or {"": device}'
         ) from err
     return whole

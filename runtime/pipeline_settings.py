@@ -1,11 +1,11 @@
 """The pipeline's keyword arguments: `PipelineSettings`."""
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.generation_config import (
     FIELDS_WITHOUT_EFFECT,
     NEUTRAL_VALUES,
@@ -121,7 +121,7 @@ def check_keywords(kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if name in NEUTRAL_VALUES.keys() - _KNOWN and changes_text(name, value):
             raise RequestError(
-                f"{name} is {reprlib.repr(value)}, which is not implemented: the text would not be what it asks "
+                f"{name} is {shortened(value)}, which is not implemented: the text would not be what it asks "
                 "for. Leave it out"
             )
     if unknown := kwargs.keys() - _KNOWN - FIELDS_WITHOUT_EFFECT - NEUTRAL_VALUES.keys():
@@ -180,7 +180,7 @@ def _returns(given: Mapping[str, Any]) -> Literal["full", "new", "tokens"]:
 def _max_prompt_tokens(given: Mapping[str, Any]) -> int | None:
     truncation = given.get("truncation")
     if truncation not in _TRUNCATION:
-        raise RequestError(f"truncation is {truncation!r}; expected True or False")
+        raise RequestError(f"truncation is {shortened(truncation)}; expected True or False")
     if truncation in (None, False, "do_not_truncate"):
         return None
     if "max_length" not in given:

@@ -1,11 +1,11 @@
 """What the user says, as the tokens the model reads: `Prompt`."""
 
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 _ASSISTANT_ROLES = frozenset({"assistant", "model"})
@@ -130,4 +130,4 @@ def ends_with_the_assistant(messages: object) -> bool:
 
 
 def _described(value: object) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    return f"{shortened(value)} ({type(value).__name__})"

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Final, SupportsIndex, cast
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
@@ -124,7 +125,7 @@ def with_overrides(
         )
     if not isinstance(options, GenerationOptions | None):
         raise RequestError(
-            f"options is {options!r} ({type(options).__name__}); expected GenerationOptions, or "
+            f"options is {shortened(options)} ({type(options).__name__}); expected GenerationOptions, or "
             "options by their names"
         )
     return dataclasses.replace(options or GenerationOptions(), **overrides)
@@ -181,4 +182,6 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def _type_error(name: str, value: object, expected: str) -> RequestError:
-    return RequestError(f"{name} is {value!r} ({type(value).__name__}); it must be {expected}")
+    return RequestError(
+        f"{name} is {shortened(value)} ({type(value).__name__}); it must be {expected}"
+    )

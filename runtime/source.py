@@ -15,6 +15,7 @@ from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
 from gemma_deploy.hub import is_hub_id
 from gemma_deploy.manifest import MANIFEST_FILE
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.generation_config import GenerationDefaults
 
 _USUAL_FOLDERS: Final = frozenset(
@@ -58,7 +59,7 @@ class ModelSource:
         """
         if not isinstance(given, str | Path):
             raise RequestError(
-                f"the model is {given!r} ({type(given).__name__}); expected the path of a bundle, a checkpoint or "
+                f"the model is {shortened(given)} ({type(given).__name__}); expected the path of a bundle, a checkpoint or "
                 "an engine"
             )
         path = Path(given).expanduser()

@@ -1,13 +1,13 @@
 """Where `generate` takes its prompts from: arguments, a file, or stdin."""
 
 import json
-import reprlib
 import sys
 from pathlib import Path
 
 import click
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.text_files import decode_text, plain_text, read_text
 
 
@@ -97,7 +97,7 @@ def _prompt_of(line: str, place: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise RequestError(f'{place}: expected a JSON object such as {{"prompt": "..."}}') from err
     if not isinstance(prompt, str):
-        raise RequestError(f"{place}: the prompt is {reprlib.repr(prompt)}, expected a string")
+        raise RequestError(f"{place}: the prompt is {shortened(prompt)}, expected a string")
     if not _is_unicode(prompt):
         raise RequestError(
             f"{place} has half a character (a lone surrogate, \\ud800 to \\udfff): write it whole"
