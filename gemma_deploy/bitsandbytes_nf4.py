@@ -22,6 +22,10 @@ from gemma_deploy.quoting import shortened
 from gemma_deploy.stored_tensor import FLOAT_BYTES, Floats, StoredTensor, widened
 
 STATE_SUFFIX: Final = ".quant_state.bitsandbytes__nf4"
+PART_NAMES: Final = frozenset(
+    {"absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_SUFFIX[1:]}
+)
+"""What the parts of a matrix are called beside its own name."""
 
 _NUM_VALUES = 16
 _NUM_NESTED_VALUES = 256

@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 
 from gemma_deploy.bitsandbytes_nf4 import Nf4Matrix
+from gemma_deploy.checkpoint_files import ADAPTER_FILE
 from gemma_deploy.checkpoint_matching import match_tensors, read_stored_tensors
-from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT, listed_names
 from gemma_deploy.config import GemmaConfig, read_config
 from gemma_deploy.errors import CheckpointError, ConfigError, warn
 from gemma_deploy.graph_spec import DType
@@ -32,8 +33,10 @@ DTYPE_NAMES: Final[Mapping[str, DType]] = MappingProxyType(
 ROW_BLOCK_BYTES: Final = 64 * 1024 * 1024
 
 _GENERATORS: Final = ("ForCausalLM", "ForConditionalGeneration")
-# What PEFT and MLX call an adapter's weights.
-_ADAPTER_WEIGHTS: Final = re.compile(r"adapter_model\.\w+|adapters\.(safetensors|npz)")
+# What PEFT, MLX, torchtune, diffusers and llama.cpp call an adapter's weights.
+_ADAPTER_WEIGHTS: Final = re.compile(
+    r"(adapter_model.*|adapters?(_weights|_\d+)?|.*lora.*)\.(safetensors|bin|pt|npz|gguf|index\.json)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,7 @@ class Checkpoint:
         """
         if self.architectures and not any(x.endswith(_GENERATORS) for x in self.architectures):
             raise CheckpointError(
-                f"{self.folder} was saved from {', '.join(self.architectures)}, which generates no "
+                f"{self.folder} was saved from {listed_names(self.architectures)}, which generates no "
                 f"text; expected {' or '.join(f'*{x}' for x in _GENERATORS)} (architectures in "
                 "config.json). Use the language model that it was made from"
             )
@@ -218,7 +221,7 @@ def _refuse_adapter(folder: Path) -> None:
     found = sorted(
         path.name
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.name == "adapter_config.json" or _ADAPTER_WEIGHTS.fullmatch(path.name)
+        if path.name == ADAPTER_FILE or _ADAPTER_WEIGHTS.fullmatch(path.name)
     )
     if found:
         raise CheckpointError(
@@ -230,7 +233,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _name_unread_files(folder: Path, read: Collection[Path]) -> None:
     names = sorted(path.name for path in set(folder.glob("*.safetensors")) - set(read))
-    if names:
+    if names and read:
         more = ", ..." if len(names) > 3 else ""
         warn(
             f"{folder} also holds {', '.join(names[:3])}{more}, which is not read: the weights are those "
@@ -240,6 +243,7 @@ def _name_unread_files(folder: Path, read: Collection[Path]) -> None:
 
 def _architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:
     named = raw.get("architectures") or ()
+    named = [named] if isinstance(named, str) else named
     if not isinstance(named, list | tuple) or not all(isinstance(x, str) for x in named):
         raise ConfigError(
             f"architectures is {shortened(named)}, expected a list of class names: correct config.json"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma_deploy.bitsandbytes_nf4 import STATE_SUFFIX, Nf4Matrix, nf4_matrix
+from gemma_deploy.bitsandbytes_nf4 import PART_NAMES, STATE_SUFFIX, Nf4Matrix, nf4_matrix
 from gemma_deploy.checkpoint_names import (
     EMBEDDING_WEIGHT,
     HEAD_WEIGHT,
@@ -14,6 +14,7 @@ from gemma_deploy.checkpoint_names import (
     explain_replaced,
     explain_unused,
     harmless_kind,
+    listed_names,
 )
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import CheckpointError
@@ -48,7 +49,7 @@ def read_stored_tensors(folder: Path) -> tuple[dict[str, StoredTensor], tuple[st
         for file in weight_files(folder)
         for stored_name, entry in read_header(file).items()
     ]
-    names, wrappers = canonical_names({stored_name for stored_name, *_ in entries})
+    names, wrappers = canonical_names([stored_name for stored_name, *_ in entries])
     found: dict[str, StoredTensor] = {}
     for stored_name, entry, file in entries:
         name = names[stored_name]
@@ -112,7 +113,7 @@ def match_tensors(
     _refuse(folder, explain_replaced(rest))
     for name, shape in shapes.items():
         if name not in found:
-            raise CheckpointError(_explain_missing(name, shape, found, folder))
+            raise CheckpointError(_explain_missing(name, shape, found, rest, folder))
         info = found[name]
         if name + STATE_SUFFIX in found:
             matched.nf4[name] = nf4_matrix(name, shape, found)
@@ -126,8 +127,8 @@ def match_tensors(
 
 def _is_nf4_part(name: str, found: Mapping[str, StoredTensor]) -> bool:
     """Tell whether a tensor is a part of a matrix in bitsandbytes' NF4."""
-    matrix = name.partition(".weight.")[0] + ".weight"
-    return matrix != name and matrix + STATE_SUFFIX in found
+    matrix, _, part = name.partition(".weight.")
+    return part in PART_NAMES and f"{matrix}.weight{STATE_SUFFIX}" in found
 
 
 def _refuse(folder: Path, explanation: str | None) -> None:
@@ -159,7 +160,11 @@ def _check(info: StoredTensor, shape: tuple[int, ...]) -> None:
 
 
 def _explain_missing(
-    name: str, shape: tuple[int, ...], found: Mapping[str, StoredTensor], folder: Path
+    name: str,
+    shape: tuple[int, ...],
+    found: Mapping[str, StoredTensor],
+    rest: Mapping[str, str],
+    folder: Path,
 ) -> str:
     """Return what is missing, and what was found instead."""
     if name == HEAD_WEIGHT:
@@ -168,10 +173,11 @@ def _explain_missing(
             "embedding (tie_word_embeddings is false): transformers would draw a random head. Set it to "
             "true if the model was trained with a tied head; otherwise download the checkpoint again"
         )
-    names = sorted(info.stored_name for info in found.values())
-    some = f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    # Those without use first: one of them may be what is missing, under another name.
+    names = [*sorted(rest.values()), *sorted(info.stored_name for info in found.values())]
+    some = f": {listed_names(names)}" if names else ""
     return (
         f"{folder} lacks the tensor {name} {list(shape)} that its config.json calls for (it "
-        f"holds {len(names)} tensors{some}): the checkpoint is incomplete, or belongs to another "
+        f"holds {len(found)} tensors{some}): the checkpoint is incomplete, or belongs to another "
         "config.json"
     )

@@ -6,11 +6,12 @@ to leave out, and what makes the file another model than its config says.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.quoting import shortened_text
 
 HEAD_WEIGHT: Final = "lm_head.weight"
 EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
@@ -18,9 +19,11 @@ EMBEDDING_WEIGHT: Final = "model.embed_tokens.weight"
 # Where the text model of each layout lives, longest first: `gemma3` as transformers >= 4.52 writes
 # it, `gemma3` as on the hub, `gemma3` without its head, then the text model, with and without head.
 _PREFIXES: Final = (
+    ("model.language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
+    ("model.lm_head.", "lm_head."),
     ("language_model.", "model."),
     ("model.", "model."),
     ("lm_head.", "lm_head."),
@@ -38,11 +41,11 @@ _WRAPPER_PARTS: Final = frozenset(
 _HARMLESS: Final = (
     (
         "of vision and audio towers and projectors",
-        r"model\.(vision|audio)_(tower|model|encoder)\.|model\.(multi_?modal_projector|embed_(vision|audio))\.",
+        r"^model\.((vision|audio)_(tower|model|encoder)|multi_?modal_projector|embed_(vision|audio))\.",
     ),
     (
         "of rotary frequencies, which the config gives",
-        r"model\..*\brotary_emb(_local)?\.\w*inv_freq$",
+        r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb(_local)?\.\w*inv_freq$",
     ),
 )
 
@@ -66,7 +69,8 @@ class _Foreign:
 _IN_PLACE: Final = (
     _Foreign(
         r"\b(lora|ia3|vera|lokr|loha|hada|oft|boft|adalora|dora)_\w+\b|"
-        r"\.(base_layer|modules_to_save|original_module)\.|\badapters?\.|\bprompt_(embeddings|encoder)\b",
+        r"\.(base_layer|modules_to_save|original_module)\.|\b(adapters?|adaption_\w+|trainable_tokens_\w+)\b|"
+        r"\bprompt_(embeddings|encoder)\b",
         "of an adapter that was never merged",
         "Merge it into its base model (merge_and_unload and save_pretrained in PEFT), and export that",
     ),
@@ -77,6 +81,11 @@ _IN_PLACE: Final = (
         "AWQ .qweight)",
         "Export the original float checkpoint",
     ),
+    _Foreign(
+        r"\.parametrizations\.|\.weight_(orig|mask|[gvuUV])$|_proj\.linear\.",
+        "of weights in parts (pruned, normalized or wrapped while training)",
+        "Save the model again with whole weights (torch.nn.utils.parametrize.remove_parametrizations)",
+    ),
 )
 _BESIDE: Final = (
     _Foreign(
@@ -86,13 +95,17 @@ _BESIDE: Final = (
         "gemma-deploy runs text generators only: use the language model that it was made from",
     ),
     _Foreign(
-        r"\.bias$",
+        r"\.self_attn\.[qkvo]_proj\.bias$",
         "of biases that the config denies",
-        "Set attention_bias to true in config.json if attention was trained with them; Gemma has them "
-        "nowhere else",
+        "Set attention_bias to true in config.json if attention was trained with them",
     ),
     _Foreign(
-        r"norm\.weight$",
+        r"\.bias$",
+        "of biases that the config denies",
+        "Gemma has them in attention only: the weights are another family's",
+    ),
+    _Foreign(
+        r"^model\.layers\.\d+\.\w*\.?\w*norm\.weight$",
         "of norms that this generation of Gemma has not",
         "Correct model_type in config.json: the weights are another generation's or family's",
     ),
@@ -104,7 +117,7 @@ _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
 _MAX_NAMED: Final = 3
 
 
-def canonical_names(stored: Collection[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+def canonical_names(stored: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return the canonical name of each stored one, and the wrappers' prefixes taken off.
 
     Args:
@@ -167,9 +180,17 @@ def _explain(
 def _listed(stored: Iterable[str]) -> str:
     """Return `2 tensors (a.weight, b.weight)`, naming no more than fit a message."""
     names = sorted(stored)
-    more = ", ..." if len(names) > _MAX_NAMED else ""
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return f"{count} ({', '.join(names[:_MAX_NAMED])}{more})"
+    return f"{count} ({listed_names(names)})"
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Return the first few names, each of bounded length and on one line."""
+    shown = [
+        shortened_text(name if name.isprintable() else repr(name), 100)
+        for name in names[:_MAX_NAMED]
+    ]
+    return ", ".join([*shown, "..."] if len(names) > _MAX_NAMED else shown)
 
 
 def _layer_of(name: str) -> int:
@@ -182,13 +203,23 @@ def _without_wrapper_parts(name: str) -> str:
 
 
 def _outer_prefix(names: Iterable[str]) -> str:
-    """Return what a wrapper put before the names of a known layout, such as `base_model.model.`."""
-    anchor = next((x for x in names if x == _ANCHOR or x.endswith(f".{_ANCHOR}")), None)
-    if anchor is None:
-        return ""
-    place = anchor.removesuffix(_ANCHOR)
-    root = next(x for x in _ROOTS if place == x or place.endswith(f".{x}") or not x)
-    return place.removesuffix(root)
+    """Return what a wrapper put before the names of a known layout, such as `base_model.model.`.
+
+    Where several places look like a text model, one without a prefix counts, then the shortest; what is
+    in the others has no use, and is named.
+    """
+    places = [
+        name.removesuffix(_ANCHOR)
+        for name in names
+        if name == _ANCHOR or (name.endswith(f".{_ANCHOR}") and not harmless_kind(_canonical(name)))
+    ]
+    prefixes = {
+        place.removesuffix(
+            next(x for x in _ROOTS if place == x or place.endswith(f".{x}") or not x)
+        )
+        for place in places
+    }
+    return min(prefixes, key=lambda prefix: (len(prefix), prefix), default="")
 
 
 def _canonical(name: str) -> str:

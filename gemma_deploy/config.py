@@ -44,7 +44,7 @@ class RopeParameters:
     def __post_init__(self) -> None:
         if self.rope_type not in get_args(RopeType):
             raise ConfigError(
-                f"rope_type is {self.rope_type!r}; gemma-deploy knows {', '.join(get_args(RopeType))} "
+                f"rope_type is {shortened(self.rope_type)}; gemma-deploy knows {', '.join(get_args(RopeType))} "
                 "(what Gemma 1, 2 and 3 use)"
             )
         if not self.rope_theta > 0 or not self.factor > 0:
@@ -232,7 +232,7 @@ def _check_sizes(config: GemmaConfig) -> None:
         )
     if config.hidden_activation != TANH_GELU:
         raise ConfigError(
-            f"hidden_activation is {config.hidden_activation!r}; Gemma uses {TANH_GELU!r} and no other "
+            f"hidden_activation is {shortened(config.hidden_activation)}; Gemma uses {TANH_GELU!r} and no other "
             "is implemented"
         )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -252,7 +252,7 @@ def _check_layers(config: GemmaConfig) -> None:
     for layer_type in set(config.layer_types):
         if layer_type not in get_args(LayerType):
             raise ConfigError(
-                f"layer_types holds {layer_type!r}; expected {' or '.join(get_args(LayerType))}"
+                f"layer_types holds {shortened(layer_type)}; expected {' or '.join(get_args(LayerType))}"
             )
         if layer_type not in config.rope_parameters:
             raise ConfigError(f"rope_parameters says nothing of {layer_type} layers")

@@ -8,7 +8,7 @@ the one that transformers 5 follows:
 
 * What the decoder is (sizes, rope, window, norms) is read from `text_config` alone.
 * Whether the head is tied is read from the outer config alone: the head belongs to the outer model.
-  Where it does not say, the head is tied.
+  Where it does not say, the head is tied. A cap on its logits in `text_config` is refused.
 * The tokens that end a text are those of both.
 * Other token ids and the dtype are `text_config`'s, and the outer config's where it does not say.
 * A checkpoint is quantized if either says so.
@@ -109,11 +109,34 @@ def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
     values["model_type"] = model_type
     values["hidden_activation"] = _activation(raw, model_type)
     values["eos_token_ids"] = _eos(raw)
-    values["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
+    values["dtype"] = _dtype(raw)
     num_layers = values.get("num_hidden_layers", GemmaConfig().num_hidden_layers)
     values["layer_types"] = _layer_types(raw, model_type, num_layers)
     values["rope_parameters"] = _rope(raw, model_type, values["layer_types"])
-    return GemmaConfig(**values)
+    config = GemmaConfig(**values)
+    _check_generation(raw, config)
+    return config
+
+
+def _check_generation(raw: Mapping[str, Any], config: GemmaConfig) -> None:
+    """Refuse what this generation has not: transformers ignores it, and it would change the numbers."""
+    neutral: dict[str, Any] = {}
+    if config.model_type == "gemma":
+        neutral = {
+            "query_pre_attn_scalar": config.head_dim,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": [FULL_ATTENTION] * config.num_hidden_layers,
+            "sliding_window_pattern": 1,
+        }
+    elif config.model_type == "gemma2" and raw.get("layer_types") is None:
+        neutral = {"sliding_window_pattern": _DEFAULT_PATTERN["gemma2"]}
+    for name, value in neutral.items():
+        if raw.get(name) is not None and raw[name] != value:
+            raise ConfigError(
+                f"{name} is {shortened(raw[name])}, which {config.model_type} has not: transformers "
+                "ignores it. Remove it from config.json, or correct model_type"
+            )
 
 
 def _check_not_quantized(raw: Mapping[str, Any]) -> None:
@@ -152,6 +175,12 @@ def _text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
             f"model_type is 'gemma3' (multimodal) and text_config is {found}: expected the text "
             "model's config; correct config.json"
         )
+    if text.get("final_logit_softcapping") is not None:
+        raise ConfigError(
+            f"text_config has final_logit_softcapping {shortened(text['final_logit_softcapping'])}: the "
+            "head is the multimodal model's, which has no cap, and transformers ignores it. Set it to "
+            "null, or export the text model alone"
+        )
     inherited = {name: raw[name] for name in _INHERITED if raw.get(name) is not None}
     both = {name: raw.get(name) or text.get(name) for name in _OF_EITHER}
     return {
@@ -188,9 +217,20 @@ def _is_number(value: object) -> bool:
 
 
 def _activation(raw: Mapping[str, Any], model_type: ModelType) -> str:
-    name = raw.get("hidden_activation") or raw.get("hidden_act") or TANH_GELU
+    """Return the activation; of two that are given, the one that is not Gemma's, to be refused."""
+    names = [raw.get(name) for name in ("hidden_activation", "hidden_act")]
+    if model_type != "gemma":  # these read the first only
+        names = [names[0] if names[0] is not None else names[1]]
     # Gemma 1's first release wrote "gelu" and meant the tanh approximation.
-    return TANH_GELU if model_type == "gemma" and name == "gelu" else str(name)
+    known = (None, TANH_GELU, "gelu") if model_type == "gemma" else (None, TANH_GELU)
+    return next((str(name) for name in names if name not in known), TANH_GELU)
+
+
+def _dtype(raw: Mapping[str, Any]) -> str | None:
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    if not isinstance(dtype, str | None):
+        raise ConfigError(f"dtype is {shortened(dtype)}, expected a name such as bfloat16")
+    return dtype
 
 
 def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
@@ -211,8 +251,11 @@ def _layer_types(
         if not isinstance(given, list | tuple) or not all(isinstance(t, str) for t in given):
             raise ConfigError(f"layer_types is {shortened(given)}, expected a list of layer types")
         return tuple(given)
-    pattern = raw.get("sliding_window_pattern") or _DEFAULT_PATTERN[model_type]
+    pattern = raw.get("sliding_window_pattern")
+    pattern = _DEFAULT_PATTERN[model_type] if pattern is None else pattern
     pattern = cast(int, _typed("sliding_window_pattern", pattern))
+    if pattern < 1:
+        raise ConfigError(f"sliding_window_pattern is {pattern}; it must be positive")
     return tuple(
         SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers)
     )
@@ -229,7 +272,7 @@ def _rope(
     given, scaling = _mapping(raw, "rope_parameters"), _mapping(raw, "rope_scaling")
     if model_type == "gemma3_text":
         return _rope_of_two_bases(raw, given, scaling, layer_types)
-    base = {"rope_theta": raw.get("rope_theta", 10_000.0)}
+    base = {"rope_theta": raw.get("rope_theta", 10_000.0), **_partial(raw)}
     given = scaling or given
     return {
         layer_type: _rope_parameters(
@@ -257,18 +300,22 @@ def _rope_of_two_bases(
             f"rope_scaling is {shortened(scaling)}: transformers 5 ignores 'type' here, earlier versions "
             "apply it. Write it as 'rope_type'"
         )
-    thetas = {
+    thetas: dict[LayerType, Any] = {
         FULL_ATTENTION: raw.get("rope_theta", 1e6),
         SLIDING_ATTENTION: raw.get("rope_local_base_freq", 10_000.0),
     }
     return {
         layer_type: _rope_parameters(
-            {"rope_theta": thetas.get(layer_type)}
+            {"rope_theta": thetas[layer_type], **_partial(raw)}
             | dict(_mapping(given, layer_type))
             | (dict(scaling) if layer_type == FULL_ATTENTION else {})
         )
-        for layer_type in sorted(set(layer_types))
+        for layer_type in sorted(set(layer_types) & thetas.keys())
     }
+
+
+def _partial(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: raw[name] for name in ("partial_rotary_factor",) if name in raw}
 
 
 def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -288,6 +335,11 @@ def _is_nested(rope_parameters: Mapping[str, Any]) -> bool:
 def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
     rope_type: RopeType = raw.get("rope_type") or raw.get("type") or "default"
     theta, factor = raw["rope_theta"], raw.get("factor", 1.0)
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"partial_rotary_factor is {shortened(raw['partial_rotary_factor'])}; Gemma rotates whole "
+            "heads, and transformers ignores it. Remove it from config.json"
+        )
     for name, value in (("rope_theta", theta), ("factor", factor)):
         if not _is_number(value):
             raise ConfigError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.byte_sizes import format_bytes
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import BundleError, CheckpointError, GemmaDeployError
+from gemma_deploy.quoting import shortened
 
 if TYPE_CHECKING:
     from gemma_deploy.bundle import Bundle
@@ -80,7 +81,8 @@ def require_same_model(folder: Path, config: "GemmaConfig", checkpoint: "Checkpo
         if name != "dtype" and ours[name] != theirs[name]:
             raise CheckpointError(
                 f"{checkpoint.folder} is not what {folder} was made of: its {name} is "
-                f"{theirs[name]}, the bundle's {ours[name]}. Give the checkpoint that was exported"
+                f"{shortened(theirs[name])}, the bundle's {shortened(ours[name])}. Give the checkpoint that "
+                "was exported"
             )
 
 

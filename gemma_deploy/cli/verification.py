@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,7 +24,7 @@ from gemma_deploy.cli.verification_reference import (
 )
 from gemma_deploy.cli.verification_rows import describe_rows, token_rows
 from gemma_deploy.errors import GemmaDeployError, RequestError
-from gemma_deploy.graph_spec import DType
+from gemma_deploy.graph_spec import DType, Precision
 from gemma_deploy.manifest import FORMAT_VERSION
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
 from gemma_deploy.tokenizer import GemmaTokenizer
@@ -70,70 +70,77 @@ class Verification:
             raise RequestError(f"{self.bundle} does not exist; expected the folder of a bundle")
         if self.checkpoint is not None:
             require_checkpoint(self.checkpoint)
-        name = "manifest"
+        stage = _Stage("manifest")
         try:
-            bundle = Bundle.open(self.bundle)
-            yield passed(name, _describe(bundle))
-            name = "hashes"
-            yield passed(name, check_hashes(bundle, on_progress, "export the bundle again"))
-            name = "weights"
-            yield passed(name, check_weights(bundle))
-            name = "tokenizer"
-            yield passed(name, _check_tokenizer(bundle))
-            name = "checkpoint"
-            rows: tuple[TokenRow, ...] = ()
-            original: list[FloatArray] = []
-            reference: list[FloatArray] = []
-            if self.checkpoint is not None:
-                rows = token_rows(bundle, self.text, self.tokens)
-                source = Checkpoint.open(self.checkpoint)
-                require_same_model(bundle.folder, bundle.config, source)
-                yield passed(name, describe_rows(bundle.config, rows, self.tokens))
-                yield passed("tensors", _describe_tensors(source))
-                name = "reference"
-                said, original = _original(self.checkpoint, rows, on_progress)
-                yield passed(name, said)
-                name = "weights"
-                reference = self._reference(bundle, rows, original, on_progress)
-            name = "graphs"
-            on_progress("loading the graphs", 0, 1)
-            with self.graphs.load(bundle, is_exact=bool(rows)) as session:
-                yield passed(name, self.graphs.describe(bundle.config, session))
-                name = "parity"
-                yield from self._compare(bundle, session, rows, reference, on_progress)
-            if rows and self._is_approximate(bundle):
-                name = "distance"
-                on_progress("measuring the distance from the checkpoint", 0, 1)
-                with self.graphs.load(bundle) as session:
-                    yield self._distance(bundle, session, rows, original)
+            yield from self._run(stage, on_progress)
         except RequestError:
             raise
         except GemmaDeployError as err:
-            yield Check(name=name, is_ok=False, detail=str(err))
+            yield Check(name=stage.name, is_ok=False, detail=str(err))
         except OSError as err:
             if err.filename is None:  # not of the bundle or the checkpoint: stderr went away
                 raise
-            yield Check(name=name, is_ok=False, detail=explain_os_error(err))
+            yield Check(name=stage.name, is_ok=False, detail=explain_os_error(err))
 
-    def _reference(
-        self,
-        bundle: Bundle,
-        rows: Sequence[TokenRow],
-        original: list[FloatArray],
-        on_progress: Progress,
-    ) -> list[FloatArray]:
-        """Return the logits that the graphs should give.
+    def _run(self, stage: "_Stage", on_progress: Progress) -> Iterator[Check]:
+        bundle = Bundle.open(self.bundle)
+        yield passed(stage.name, _describe(bundle))
+        stage.name = "hashes"
+        yield passed(stage.name, check_hashes(bundle, on_progress, "export the bundle again"))
+        stage.name = "weights"
+        yield passed(stage.name, check_weights(bundle))
+        stage.name = "tokenizer"
+        yield passed(stage.name, _check_tokenizer(bundle))
+        comparison = None
+        if self.checkpoint is not None:
+            stage.name = "checkpoint"
+            source = Checkpoint.open(self.checkpoint)
+            comparison = yield from self._prepare(bundle, source, stage, on_progress)
+        stage.name = "graphs"
+        on_progress("loading the graphs", 0, 1)
+        with self.graphs.load(bundle, is_exact=comparison is not None) as session:
+            yield passed(stage.name, self.graphs.describe(bundle.config, session))
+            stage.name = "parity"
+            if comparison is not None:
+                yield from self._compare(bundle, session, comparison, on_progress)
+        if comparison is not None and self._is_approximate(bundle):
+            stage.name = "distance"
+            on_progress("measuring the distance from the checkpoint", 0, 1)
+            with self.graphs.load(bundle) as session:
+                yield self._distance(bundle, session, comparison)
 
-        Those of a quantized bundle, or with an int8 cache, are its own weights' logits: the
-        checkpoint's are others.
+    def _prepare(
+        self, bundle: Bundle, source: Checkpoint, stage: "_Stage", on_progress: Progress
+    ) -> Generator[Check, None, "_Comparison"]:
+        """Check what a bundle is compared with, and return what its logits should be.
 
         Raises:
+            CheckpointError: It is another model's, or its own logits are not finite.
             BundleError: The bundle's weights cannot be read, or their logits are not finite.
         """
-        if not self._is_approximate(bundle):
-            return original
+        rows = token_rows(bundle, self.text, self.tokens)
+        require_same_model(bundle.folder, bundle.config, source)
+        yield passed(stage.name, describe_rows(bundle.config, rows, self.tokens))
+        yield passed("tensors", _describe_tensors(source))
+        stage.name = "reference"
+        said, original, is_oracle = _original(source, rows, on_progress)
+        yield passed(stage.name, said)
+        reference = original
         precision = bundle.manifest.precision_of(self.graphs.lowering)
-        return bundle_logits(bundle, precision, rows, on_progress)
+        is_approximate = self._is_approximate(bundle)
+        if is_approximate:
+            if is_oracle:
+                stage.name = "reading"
+                yield _check_reading(source, rows, original, on_progress)
+            stage.name = "weights"
+            reference = bundle_logits(bundle, precision, rows, on_progress)
+        tolerance = self.tolerance or default_tolerance(
+            precision,
+            None if is_approximate else source,
+            reference,
+            is_widened=self.graphs.is_widened,
+        )
+        return _Comparison(rows=rows, original=original, reference=reference, tolerance=tolerance)
 
     def _is_approximate(self, bundle: Bundle) -> bool:
         """Tell whether weights or cache are quantized, so that logits are not the checkpoint's."""
@@ -144,19 +151,11 @@ class Verification:
         self,
         bundle: Bundle,
         session: "OnnxRuntimeSession",
-        rows: Sequence[TokenRow],
-        reference: Sequence[FloatArray],
+        comparison: "_Comparison",
         on_progress: Progress,
     ) -> Iterator[Check]:
-        if self.checkpoint is None:
-            return
-        precision = bundle.manifest.precision_of(self.graphs.lowering)
-        tolerance = self.tolerance or default_tolerance(
-            precision,
-            None if self._is_approximate(bundle) else Checkpoint.open(self.checkpoint),
-            reference,
-            is_widened=self.graphs.is_widened,
-        )
+        rows, reference = comparison.rows, comparison.reference
+        activations = bundle.manifest.precision_of(self.graphs.lowering).activations
         walks: list[tuple[str, Walk, slice]] = [
             *((name, walk, slice(0, 1)) for name, walk in TEXT_WALKS.items()),
             *((name, walk, slice(1, None)) for name, walk in BATCH_WALKS.items()),
@@ -167,23 +166,22 @@ class Verification:
                 rows[part],
                 reference[part],
                 lambda rows, walk=walk: walk(session, rows),  # type: ignore[misc]  # bound at once
-                tolerance=tolerance,
+                tolerance=comparison.tolerance,
             )
-            detail = describe_parity(report, precision.activations)
+            detail = describe_parity(report, activations)
             yield Check(
                 name=f"parity, {name}", is_ok=report.is_within, detail=detail, parity=report
             )
 
     def _distance(
-        self,
-        bundle: Bundle,
-        session: "OnnxRuntimeSession",
-        rows: Sequence[TokenRow],
-        original: Sequence[FloatArray],
+        self, bundle: Bundle, session: "OnnxRuntimeSession", comparison: "_Comparison"
     ) -> Check:
         """Measure how far a quantized bundle, as it runs, is from what it was made of."""
         report = compare(
-            rows[:1], original[:1], lambda rows: whole(session, rows), tolerance=math.inf
+            comparison.rows[:1],
+            comparison.original[:1],
+            lambda rows: whole(session, rows),
+            tolerance=math.inf,
         )
         kl = report.mean_kl_nats
         if kl is None:
@@ -201,6 +199,31 @@ class Verification:
             detail=detail,
             distance=Distance.of(report),
         )
+
+
+@dataclass(slots=True)
+class _Stage:
+    """Which check is under way: what fails is that one."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Comparison:
+    """What a bundle's logits are compared with.
+
+    Attributes:
+        rows: What is read.
+        original: Logits of each row by the checkpoint.
+        reference: Those that the graphs should give. Of a quantized bundle, or with an int8 cache, they
+            are its own weights' logits: the checkpoint's are others.
+        tolerance: Largest difference of a logit from the reference that passes.
+    """
+
+    rows: Sequence[TokenRow]
+    original: Sequence[FloatArray]
+    reference: Sequence[FloatArray]
+    tolerance: float
 
 
 def describe_parity(report: ParityReport, activations: DType) -> str:
@@ -230,9 +253,9 @@ def describe_parity(report: ParityReport, activations: DType) -> str:
 
 
 def _original(
-    checkpoint: Path, rows: Sequence[TokenRow], on_progress: Progress
-) -> tuple[str, list[FloatArray]]:
-    """Return whose logits of the checkpoint these are, in words, and the logits.
+    checkpoint: Checkpoint, rows: Sequence[TokenRow], on_progress: Progress
+) -> tuple[str, list[FloatArray], bool]:
+    """Return whose logits of the checkpoint these are, in words, the logits, and if an oracle's.
 
     Raises:
         CheckpointError: It cannot be read, or its own logits are not finite.
@@ -244,9 +267,28 @@ def _original(
             f"gemma-deploy's own model, eager in float32, for {why}: it reads the checkpoint as the "
             "export did, so a fault in that reading does not show here"
         )
-        return said, checkpoint_logits(checkpoint, rows, on_progress)
-    require_finite(found, checkpoint)
-    return f"{name}, which reads the checkpoint by itself, eager in float32", found
+        return said, checkpoint_logits(checkpoint.folder, rows, on_progress), False
+    require_finite(found, checkpoint.folder)
+    return f"{name}, which reads the checkpoint by itself, eager in float32", found, True
+
+
+def _check_reading(
+    checkpoint: Checkpoint,
+    rows: Sequence[TokenRow],
+    original: Sequence[FloatArray],
+    on_progress: Progress,
+) -> Check:
+    """Hold our own reading of a checkpoint against the oracle's.
+
+    A quantized bundle's logits are other ones than its checkpoint's, so what was read wrong would not
+    show in them.
+    """
+    own = checkpoint_logits(checkpoint.folder, rows, on_progress)
+    exact = Precision.of("float32")
+    tolerance = default_tolerance(exact, None, original)
+    report = compare(rows, original, lambda _: own, tolerance=tolerance)
+    detail = describe_parity(report, exact.activations)
+    return Check(name="reading, of the checkpoint", is_ok=report.is_within, detail=detail)
 
 
 def _describe_tensors(checkpoint: Checkpoint) -> str:

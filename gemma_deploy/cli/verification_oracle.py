@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.parity import FloatArray, TokenRow
+from gemma_deploy.quoting import shortened_text
 
 _LEAST_MAJOR_VERSION = 5
 
@@ -20,19 +22,70 @@ class NoOracleError(Exception):
 
 
 def oracle_logits(
-    checkpoint: Path, rows: Sequence[TokenRow], on_progress: Progress
+    checkpoint: Checkpoint, rows: Sequence[TokenRow], on_progress: Progress
 ) -> tuple[str, list[FloatArray]]:
     """Return the name of the oracle, and its logits of each row, float32 [positions, V].
 
     It is transformers' `AutoModelForCausalLM`, eager and in float32, on the CPU.
 
     Raises:
-        NoOracleError: If there is no transformers 5, or it finds no such model in the folder.
+        NoOracleError: If there is no transformers 5, or it finds another model in the folder, or none.
     """
+    name, transformers = _transformers()
+    if checkpoint.nf4:
+        raise NoOracleError(f"{name} computes with bitsandbytes' codes in another dtype")
+    try:
+        on_progress("loading the checkpoint with transformers", 0, 1)
+        model, report = _loaded(transformers, checkpoint.folder)
+        unread = _unread(report, checkpoint)
+        found = [] if unread else _logits(model, rows, on_progress)
+    except Exception as err:  # whatever its config classes, its models and torch raise
+        reason = str(err).strip().split("\n")[0] or type(err).__name__
+        raise NoOracleError(f"{name} cannot run it ({shortened_text(reason, 200)})") from err
+    if unread:
+        raise NoOracleError(f"{name} {unread}")
+    return name, found
+
+
+def _transformers() -> tuple[str, Any]:
+    try:
+        import transformers
+    except ImportError as err:
+        raise NoOracleError("transformers is not installed") from err
+    name = f"transformers {transformers.__version__}"
+    if int(transformers.__version__.split(".")[0]) < _LEAST_MAJOR_VERSION:
+        raise NoOracleError(f"{name} is installed, {_LEAST_MAJOR_VERSION} or newer is needed")
+    return name, transformers
+
+
+def _loaded(transformers: Any, folder: Path) -> tuple[Any, Any]:
+    """Return the model, and what was found in the folder."""
     import torch
 
-    on_progress("loading the checkpoint with transformers", 0, 1)
-    name, model = _loaded(checkpoint)
+    with _silent(transformers):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    return model.eval(), report
+
+
+def _unread(report: Any, checkpoint: Checkpoint) -> str | None:
+    """Return which tensors transformers misses, or leaves out although they are the text model's."""
+    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if missing:
+        return f"does not find {missing[0]}{' and others' if len(missing) > 1 else ''} in it"
+    left_out = {name for names in checkpoint.unused.values() for name in names}
+    unread = sorted(set(report["unexpected_keys"]) - left_out)
+    return f"leaves out {unread[0]}{' and others' if len(unread) > 1 else ''}" if unread else None
+
+
+def _logits(model: Any, rows: Sequence[TokenRow], on_progress: Progress) -> list[FloatArray]:
+    import torch
+
     found: list[FloatArray] = []
     with torch.inference_mode():
         for row in rows:
@@ -43,47 +96,7 @@ def oracle_logits(
                 use_cache=False,
             )
             found.append(output.logits[0].float().numpy())
-    return name, found
-
-
-def _loaded(checkpoint: Path) -> tuple[str, Any]:
-    try:
-        import transformers
-    except ImportError as err:
-        raise NoOracleError("transformers is not installed") from err
-    name = f"transformers {transformers.__version__}"
-    if int(transformers.__version__.split(".")[0]) < _LEAST_MAJOR_VERSION:
-        raise NoOracleError(f"{name} is installed, {_LEAST_MAJOR_VERSION} or newer is needed")
-    import torch
-
-    try:
-        with _silent(transformers):
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    # What it raises for files that it does not know, and for packages that it lacks.
-    except (
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as err:
-        reason = str(err).strip().split("\n")[0]
-        raise NoOracleError(f"{name} cannot load it ({reason or type(err).__name__})") from err
-    model, report = loaded
-    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-    if missing:
-        raise NoOracleError(
-            f"{name} does not find {missing[0]}{' and others' if len(missing) > 1 else ''} in it"
-        )
-    return name, model.eval()
+    return found
 
 
 @contextlib.contextmanager

@@ -46,11 +46,16 @@ def add(folder: Path, **names: torch.Tensor) -> None:
         ([f"{QUERY}.lora_magnitude_vector.default.weight"], "adapter that was never merged"),
         ([f"{LAYER}.mlp.down_proj.ia3_l.default"], "adapter that was never merged"),
         (["lm_head.modules_to_save.default.weight"], "adapter that was never merged"),
+        (["model.layers.0.adaption_gate"], "adapter that was never merged"),
+        ([f"{QUERY}.parametrizations.weight.original0"], "weights in parts"),
+        ([f"{QUERY}.weight_orig"], "weights in parts"),
+        (["foo.model.vision_tower.x"], "that no Gemma text model has"),
+        (["ema.model.layers.0.input_layernorm.weight"], "that no Gemma text model has"),
         (["score.weight"], "a head for classification"),
         (["classifier.weight", "classifier.bias"], "a head for classification"),
         (["v_head.summary.weight"], "a head for classification"),
         ([f"{QUERY}.bias"], "biases that the config denies.*attention_bias"),
-        (["lm_head.bias"], "biases that the config denies"),
+        (["lm_head.bias"], "biases that the config denies. Gemma has them in attention only"),
         ([f"{LAYER}.mlp.up_proj.bias"], "biases that the config denies"),
         ([f"{LAYER}.input_layernorm.bias"], "biases that the config denies"),
         ([f"{LAYER}.post_feedforward_layernorm.weight"], "norms that this generation of Gemma has"),
@@ -158,6 +163,28 @@ def test_prefixes_of_wrappers_are_taken_off_with_a_notice(
         assert (rows == expected.float_rows(name, 0, info.num_rows)).all()
 
 
+@pytest.mark.parametrize("head", ["lm_head", "model.lm_head", "model.language_model.lm_head"])
+def test_a_head_is_found_under_every_name(folder: Path, head: str) -> None:
+    table = load_file(folder / SAVED)["model.embed_tokens.weight"]
+    add(folder, **{f"{head}.weight": table.flip(0)})
+    with pytest.warns(GemmaDeployWarning, match="that is the head"):
+        assert Checkpoint.open(folder).tensors["lm_head.weight"].stored_name == f"{head}.weight"
+
+
+def test_a_tower_that_looks_like_a_text_model_is_none(folder: Path) -> None:
+    rename(folder, lambda name: f"language_model.{name}")
+    add(folder, **{"vision_tower.layers.0.input_layernorm.weight": torch.ones(1)})
+    assert len(Checkpoint.open(folder).unused) == 1
+
+
+def test_names_are_quoted_on_one_line_and_short(folder: Path) -> None:
+    add(folder, **{"a\n\x1b[31m": torch.ones(1), "b" * 10_000: torch.ones(1)})
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
 def test_other_names_are_quoted(folder: Path) -> None:
     rename(folder, lambda name: name.replace("layers", "blocks"))
     with pytest.raises(CheckpointError, match=r"holds 29 tensors: model.blocks.0.input_layernorm"):
@@ -165,7 +192,18 @@ def test_other_names_are_quoted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+    "file",
+    [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "adapter_model-00001-of-00002.safetensors",
+        "adapter_model.safetensors.index.json",
+        "adapters.safetensors",
+        "adapter_0.pt",
+        "pytorch_lora_weights.safetensors",
+        "gemma-lora.gguf",
+    ],
 )
 @pytest.mark.parametrize("has_base", [True, False])
 def test_an_adapter_in_the_folder_is_refused(folder: Path, file: str, has_base: bool) -> None:
@@ -189,7 +227,12 @@ def test_what_generates_no_text_is_refused_as_a_generator(folder: Path, name: st
     GemmaModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("named", ["GemmaForCausalLM", [1], {"a": 1}])
+def test_one_architecture_may_be_given_without_a_list(folder: Path) -> None:
+    set_config(folder, architectures="GemmaForCausalLM")
+    assert Checkpoint.open(folder).architectures == ("GemmaForCausalLM",)
+
+
+@pytest.mark.parametrize("named", [3, [1], {"a": 1}])
 def test_architectures_of_another_type_are_refused(folder: Path, named: Any) -> None:
     set_config(folder, architectures=named)
     with pytest.raises(ConfigError, match=r"architectures is .*, expected a list of class names"):

@@ -327,6 +327,30 @@ def test_refuses_rotary_parameters_that_versions_read_differently(
         GemmaConfig.from_dict({"model_type": "gemma3_text"} | rope)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "value"),
+    [
+        ("gemma", "query_pre_attn_scalar", 100),
+        ("gemma", "attn_logit_softcapping", 50.0),
+        ("gemma", "final_logit_softcapping", 30.0),
+        ("gemma", "sliding_window_pattern", 2),
+        ("gemma2", "sliding_window_pattern", 3),
+        ("gemma", "partial_rotary_factor", 0.5),
+        ("gemma3_text", "partial_rotary_factor", 0.5),
+    ],
+)
+def test_refuses_what_a_generation_has_not(model_type: str, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is {value}[,;] .*transformers ignores it"):
+        GemmaConfig.from_dict({"model_type": model_type, "sliding_window": 9, name: value})
+
+
+def test_refuses_a_cap_that_the_multimodal_head_has_not() -> None:
+    raw = copy.deepcopy(GEMMA_3_4B)
+    raw["text_config"]["final_logit_softcapping"] = 30.0
+    with pytest.raises(ConfigError, match=r"final_logit_softcapping 30\.0: the head is the"):
+        GemmaConfig.from_dict(raw)
+
+
 @pytest.mark.parametrize("part", ["outer", "text"])
 def test_a_quantized_multimodal_checkpoint_is_refused_wherever_it_says_so(part: str) -> None:
     raw = copy.deepcopy(GEMMA_3_4B)
@@ -439,6 +463,9 @@ def test_to_dict_is_read_back_unchanged(raw: dict[str, Any]) -> None:
         ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) is not a multiple"),
         ({"head_dim": 255}, "head_dim is 255; rotary embedding needs an even number"),
         ({"hidden_act": "silu"}, "hidden_activation is 'silu'"),
+        ({"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0; it must be positive"),
+        ({"dtype": ["bfloat16"]}, r"dtype is \['bfloat16'\], expected a name"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1.0; it must be in \[0, 1\)"),
         ({"final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
         ({"layer_types": [FULL]}, "layer_types names 1 layers, num_hidden_layers is 18"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_deploy import api, config_json
 from gemma_deploy.config import RopeParameters
+from gemma_deploy.exporters.quantization.options import QuantizationOptions
 
 Invoke = Callable[..., Result]
 SAVED = "model.safetensors"
@@ -53,6 +54,19 @@ def test_a_fault_of_the_reader_shows_as_a_difference(
 
     assert result.exit_code == 1
     assert "FAIL  parity, prefill graph, whole text" in result.stdout
+
+
+def test_a_fault_of_the_reader_shows_in_a_quantized_bundle_too(
+    invoke: Invoke, bundle_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_json, "_rope_parameters", lambda _: RopeParameters(rope_theta=123.0))
+    options = QuantizationOptions(scheme="int8")
+    misread = api.export(bundle_checkpoint, tmp_path / "misread", quantization=options).folder
+
+    result = invoke("verify", misread, "--checkpoint", bundle_checkpoint)
+
+    assert result.exit_code == 1
+    assert "FAIL  reading, of the checkpoint" in result.stdout
 
 
 def test_without_transformers_it_is_said_that_such_a_fault_does_not_show(
@@ -105,6 +119,36 @@ def test_names_that_transformers_does_not_find_are_said(
     assert result.exit_code == 0, result.stdout
     assert result.stderr.count("was taken off") == 1
     assert " does not find " in result.stdout
+
+
+def test_a_head_that_transformers_leaves_out_is_said(
+    invoke: Invoke, copy: Path, tmp_path: Path
+) -> None:
+    table = load_file(copy / SAVED)["model.embed_tokens.weight"]
+    add(copy, **{"_orig_mod.lm_head.weight": table.flip(0)})
+    with pytest.warns(UserWarning, match="that is the head"):
+        bundle = api.export(copy, tmp_path / "bundle").folder
+
+    result = invoke("verify", bundle, "--checkpoint", copy)
+
+    assert result.exit_code == 0, result.stdout
+    assert "leaves out _orig_mod.lm_head.weight" in result.stdout
+
+
+def test_a_config_that_transformers_refuses_is_said(
+    invoke: Invoke, bundle: Path, copy: Path
+) -> None:
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1, "head_dim": 64}))
+    raw = json.loads((bundle / "manifest.json").read_text())
+    changed = Path(shutil.copytree(bundle, copy.with_name("bundle")))
+    raw["model"]["rms_norm_eps"] = 1
+    (changed / "manifest.json").write_text(json.dumps(raw))
+
+    result = invoke("verify", changed, "--checkpoint", copy)
+
+    assert "cannot run it (" in result.stdout
+    assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
 def test_what_is_left_out_is_counted(invoke: Invoke, bundle: Path, copy: Path) -> None:
