@@ -396,9 +396,8 @@ class TestDamage:
     def test_not_a_bundle(self, invoke: Callable[..., Result], bundle_checkpoint: Path) -> None:
         result = invoke("verify", bundle_checkpoint)
 
-        assert result.exit_code == 1
-        assert "FAIL  manifest: " in result.stdout
-        assert "run `gemma-deploy export` on it first" in result.stdout
+        assert result.exit_code == 2
+        assert "run `gemma-deploy export` on it first" in result.stderr
 
 
 class TestRequests:
