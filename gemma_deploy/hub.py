@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 from gemma_deploy.checkpoint_files import LICENCE_PATTERNS, explain_folder
 from gemma_deploy.errors import HubError, RequestError
 from gemma_deploy.install_hint import install_line
+from gemma_deploy.user_paths import user_path
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -57,10 +58,7 @@ def resolve_checkpoint(source: str, *, revision: str | None = None) -> Path:
             a hub could have (see `explain_folder`).
         HubError: See `download`.
     """
-    try:
-        folder = Path(source).expanduser()
-    except RuntimeError as err:  # `~NAME` of nobody here
-        raise RequestError(f"{source} cannot be found: {err}") from err
+    folder = user_path(source)
     if is_hub_id(source) and not os.path.lexists(folder):
         return download(source, revision=revision)
     wrong = explain_folder(folder)

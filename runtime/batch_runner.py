@@ -152,6 +152,10 @@ class BatchRunner:
             batch.cancel()
         return any(row.finish_reason == "cancelled" for row in batch.rows)
 
+    def is_inside(self) -> bool:
+        """Whether this thread runs a step or a batch, and this is a callback of it."""
+        return self._turns.is_held()
+
     def free(self) -> None:
         """Let go of the cache that is idle."""
         self._caches.free()

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from gemma_deploy.errors import PromptTooLongError, RequestError
-from gemma_deploy.runtime.request import GenerationOptions
+from gemma_deploy.quoting import shortened
+from gemma_deploy.runtime.request import GenerationOptions, as_int
 
 _GRANULARITY_TOKENS = 256
 
@@ -78,8 +79,11 @@ def check_max_seq_len(max_seq_len: int | None, limit: int) -> None:
     Raises:
         RequestError: Stating the limit.
     """
-    if max_seq_len is not None and not 1 <= max_seq_len <= limit:
+    if max_seq_len is None:
+        return
+    number = as_int(max_seq_len)
+    if number is None or not 1 <= number <= limit:
         raise RequestError(
-            f"max_seq_len is {max_seq_len:,}; this model is made for 1 to {limit:,} tokens "
+            f"max_seq_len is {shortened(max_seq_len)}; this model is made for 1 to {limit:,} tokens "
             "(max_position_embeddings in its config, or --max-seq-len of its engine's build)"
         )

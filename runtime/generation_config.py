@@ -25,6 +25,8 @@ _OPTION_FIELDS: Final = (
     "top_p",
     "repetition_penalty",
 )
+_COLDEST: Final = 1e-4  # below it all but the likeliest token is out of reach
+_SAMPLING_FIELDS: Final = frozenset({"temperature", "top_k", "top_p"})
 HONOURED_FIELDS: Final = frozenset({*_OPTION_FIELDS, "do_sample", "eos_token_id"})
 
 # No text depends on them: memory and speed (drafted tokens are checked, so they change none), what
@@ -39,7 +41,7 @@ FIELDS_WITHOUT_EFFECT: Final = frozenset(
     assistant_ensemble_weight speculation_type prompt_lookup_num_tokens max_matching_ngram_size
     output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
     early_stopping length_penalty diversity_penalty renormalize_logits remove_invalid_values
-    encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id
+    decoder_start_token_id
     pad_token_id bos_token_id transformers_version
     """.split()  # noqa: SIM905 - a literal would take a line for each
 )
@@ -60,6 +62,8 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "epsilon_cutoff": (0,),
         "eta_cutoff": (0,),
         "no_repeat_ngram_size": (0,),
+        "encoder_repetition_penalty": (1,),
+        "encoder_no_repeat_ngram_size": (0,),
         "bad_words_ids": ([],),
         "force_words_ids": ([],),
         "constraints": ([],),
@@ -112,10 +116,16 @@ class GenerationDefaults:
                 f"{place}: do_sample is {shortened(do_sample)} ({type(do_sample).__name__}); expected true or "
                 "false: correct the file"
             )
+        stated: dict[str, Any] = {}
+        ignored = {name for name, value in given.items() if changes_text(name, value)}
         try:
-            options = GenerationOptions(
-                **{name: _number(given[name]) for name in _OPTION_FIELDS if name in given}
-            )
+            for name in given.keys() & set(_OPTION_FIELDS):
+                value = _number(given[name])
+                if not do_sample and _is_out_of_range(name, value):
+                    ignored.add(name)  # greedy decoding never reads it
+                else:
+                    stated[name] = value
+            options = GenerationOptions(**_as_transformers_samples(stated))
             eos_ids = eos_token_ids(given.get("eos_token_id"))
         except RequestError as err:
             raise ConfigError(f"{place}: {err}: correct the file") from err
@@ -124,9 +134,7 @@ class GenerationDefaults:
             do_sample=do_sample,
             eos_token_ids=eos_ids,
             ignored=tuple(
-                f"{name}={shortened(value)}"
-                for name, value in given.items()
-                if changes_text(name, value)
+                f"{name}={shortened(given[name], 60)}" for name in given if name in ignored
             ),
         )
 
@@ -179,6 +187,31 @@ def changes_text(name: str, value: object) -> bool:
     if value is None or name in HONOURED_FIELDS | FIELDS_WITHOUT_EFFECT or name.startswith("_"):
         return False
     return value not in NEUTRAL_VALUES.get(name, ())
+
+
+def _is_out_of_range(name: str, value: Any) -> bool:
+    """Tell whether a sampling field holds a number that it cannot be."""
+    kinds = int if name == "top_k" else int | float
+    if name not in _SAMPLING_FIELDS or isinstance(value, bool) or not isinstance(value, kinds):
+        return False
+    options: dict[str, Any] = {name: value}
+    try:
+        GenerationOptions(**options)
+    except RequestError:
+        return True
+    return False
+
+
+def _as_transformers_samples(stated: dict[str, Any]) -> dict[str, Any]:
+    """Return options in which what transformers takes as all but greedy is greedy.
+
+    A temperature near 0 leaves the likeliest token alone, and a `top_p` of 0 keeps no other.
+    """
+    temperature = stated.get("temperature")
+    is_cold = isinstance(temperature, float) and 0 < temperature < _COLDEST
+    if is_cold or stated.get("top_p") == 0:
+        return {k: v for k, v in stated.items() if k != "top_p"} | {"temperature": 0.0}
+    return stated
 
 
 def _has_limit(options: GenerationOptions) -> bool:

@@ -11,6 +11,7 @@ from gemma_deploy.runtime.dtypes import check_dtype, dtype_name
 from gemma_deploy.runtime.source import may_be_hub_id
 from gemma_deploy.runtime.text_generator import TextGenerator
 from gemma_deploy.tokenizer import GemmaTokenizer
+from gemma_deploy.user_paths import user_path
 
 
 def model_folder(model: object) -> str | Path:
@@ -66,8 +67,8 @@ def read_tokenizer(given: object) -> GemmaTokenizer:
     """
     if isinstance(given, GemmaTokenizer):
         return given
-    if isinstance(given, str | Path) and Path(given).expanduser().is_dir():
-        return GemmaTokenizer.from_pretrained(Path(given).expanduser())
+    if isinstance(given, str | Path) and user_path(given).is_dir():
+        return GemmaTokenizer.from_pretrained(user_path(given))
     kind = type(given)
     found = repr(given) if isinstance(given, str | Path) else f"a {kind.__module__}.{kind.__name__}"
     raise RequestError(

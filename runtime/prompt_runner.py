@@ -75,7 +75,7 @@ class PromptRunner:
                 for prompt, row in zip(prompts[part], batch.rows, strict=True):
                     yield _result(prompt, row, self._text_of(row))
 
-        return SharedIterator(results(), "the iterator of results")
+        return SharedIterator(results(), "the iterator of results", self._batches.is_inside)
 
     def stream(
         self,
@@ -100,6 +100,7 @@ class PromptRunner:
             push=lambda token_id: detokenizer.push(token_id) if self._has_text(token_id) else "",
             finish=detokenizer.finish,
             to_result=partial(_result, prompt),
+            is_inside=self._batches.is_inside,
         )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -126,7 +126,8 @@ def ends_with_the_assistant(messages: object) -> bool:
     if not isinstance(messages, Sequence) or not messages:
         return False
     last = messages[-1]
-    return isinstance(last, Mapping) and last.get("role") in _ASSISTANT_ROLES
+    role = last.get("role") if isinstance(last, Mapping) else None
+    return isinstance(role, str) and role in _ASSISTANT_ROLES
 
 
 def _described(value: object) -> str:

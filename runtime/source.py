@@ -17,6 +17,7 @@ from gemma_deploy.hub import is_hub_id
 from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.generation_config import GenerationDefaults
+from gemma_deploy.user_paths import user_path
 
 _USUAL_FOLDERS: Final = frozenset(
     {"build", "bundles", "checkpoints", "data", "dist", "engines", "models", "out", "output", "tmp"}
@@ -62,7 +63,7 @@ class ModelSource:
                 f"the model is {shortened(given)} ({type(given).__name__}); expected the path of a bundle, a checkpoint or "
                 "an engine"
             )
-        path = Path(given).expanduser()
+        path = user_path(given)
         if (path / MANIFEST_FILE).is_file():
             bundle = Bundle.open(path)
             return cls(

@@ -31,6 +31,7 @@ class TextStream(Iterator[str]):
         push: Takes a token and returns the text it completes.
         finish: Returns the text held back.
         to_result: Makes a result of the finished row and its text.
+        is_inside: See `SharedIterator`.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class TextStream(Iterator[str]):
         push: Callable[[int], str],
         finish: Callable[[], str],
         to_result: Callable[[Row, str], GenerationResult],
+        is_inside: Callable[[], bool] = lambda: False,
     ) -> None:
         self._row = row
         self._to_result = to_result
         self._text = _Text()
         # It does not know the stream: one that is dropped unfinished is freed at once, with its KV cache.
         pieces = _pieces(row, steps, push, finish, self._text)
-        self._pieces = SharedIterator(pieces, "the stream")
+        self._pieces = SharedIterator(pieces, "the stream", is_inside)
 
     def __iter__(self) -> Self:
         return self

@@ -1,9 +1,11 @@
 """Prompts to text with a loaded model: `TextGenerator`."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+from gemma_deploy.errors import RequestError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.batch_runner import BatchRunner, OnProgress, ignore
 from gemma_deploy.runtime.capacity import check_max_seq_len
 from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS, never
@@ -16,7 +18,7 @@ from gemma_deploy.runtime.prompts import (
     check_answerable,
     text_prompts,
 )
-from gemma_deploy.runtime.request import GenerationOptions, with_overrides
+from gemma_deploy.runtime.request import GenerationOptions, whole_number, with_overrides
 from gemma_deploy.runtime.result import GenerationResult
 from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.runtime.sessions.session import Session
@@ -74,6 +76,7 @@ class TextGenerator:
         """
         limit = min(source.max_seq_len, session.limits.max_seq_len or source.max_seq_len)
         check_max_seq_len(max_seq_len, limit)
+        prefill_chunk = whole_number("prefill_chunk", prefill_chunk, 1)
         self.session = session
         self.source = source
         self.config = source.config
@@ -151,7 +154,8 @@ class TextGenerator:
             options: How to choose tokens and when to stop; None, and each field that is None, for what
                 the model's generation_config.json says, else for greedy decoding of 256 tokens.
             batch_size: Most prompts that run at a time, where the session takes as many; it changes
-                speed and memory, not the text.
+                speed and memory, and the text by no more than the rounding of the kernels: in 16 bits
+                a near tie may fall the other way.
             allow_special: Whether control tokens that a prompt spells (`<end_of_turn>`) become these
                 tokens. False is for prompts that hold other people's words.
             is_cancelled: Asked before each step; True ends the call as Ctrl-C does.
@@ -291,10 +295,16 @@ class TextGenerator:
     def _chat_prompts(
         self, chats: Sequence[Sequence[Message]], tools: Tools | None, *, is_continued: bool
     ) -> list[Prompt]:
+        if isinstance(chats, str | bytes | Mapping) or not isinstance(chats, Iterable):
+            raise RequestError(
+                f"the chats are {shortened(chats)} ({type(chats).__name__}); expected a list of lists of "
+                "messages"
+            )
+        listed = list(chats)
         if not is_continued:
-            for messages in chats:
+            for messages in listed:
                 check_answerable(messages)
         return [
             chat_prompt(self.tokenizer, messages, tools=tools, continue_final_message=is_continued)
-            for messages in chats
+            for messages in listed
         ]

@@ -70,12 +70,14 @@ def command(
         threads=threads,
         prepacked_cache=prepacked_cache,
     )
+    from gemma_deploy.runtime.request import DEFAULT_MAX_NEW_TOKENS
+
     tell_sampling(generator, options)
     with generator:
         conversation = Conversation(
             count_tokens=lambda messages: len(generator.tokenizer.encode_chat(messages)),
             max_seq_len=generator.max_seq_len,
-            max_new_tokens=generator.resolved_options(options).most_new_tokens(0),
+            max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
             system=system,
             turns=[],
         )
@@ -101,8 +103,10 @@ class Chat:
         self._state = ChatState(
             conversation=conversation,
             options=options,
-            most_new_tokens=lambda o: generator.resolved_options(o).most_new_tokens(0),
+            resolved=generator.resolved_options,
+            context_tokens=generator.max_seq_len,
         )
+        self._state.fit()
 
     def run(self) -> None:
         """Serve messages until /exit or the end of input."""

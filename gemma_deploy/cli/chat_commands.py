@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from gemma_deploy.cli.console import notice
 from gemma_deploy.cli.conversation import Conversation
 from gemma_deploy.errors import RequestError
+from gemma_deploy.user_paths import user_path
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.request import GenerationOptions
@@ -42,14 +42,26 @@ class ChatState:
     Attributes:
         conversation: What was said so far.
         options: How answers are generated.
-        most_new_tokens: Most tokens of an answer that options mean.
+        resolved: Returns what options mean for the model.
+        context_tokens: Most tokens that the model holds.
         shows_stats: Whether the speed of each answer is shown.
     """
 
     conversation: Conversation
     options: "GenerationOptions"
-    most_new_tokens: "Callable[[GenerationOptions], int]"
+    resolved: "Callable[[GenerationOptions], GenerationOptions]"
+    context_tokens: int
     shows_stats: bool = False
+
+    def fit(self) -> None:
+        """Let the conversation be as long, and its answers, as the options say."""
+        options = self.resolved(self.options)
+        is_total = options.max_new_tokens is None and options.max_length is not None
+        most = (
+            min(self.context_tokens, options.max_length or 0) if is_total else self.context_tokens
+        )
+        self.conversation.max_seq_len = most
+        self.conversation.max_new_tokens = options.most_new_tokens(0)
 
 
 def obey(state: ChatState, text: str) -> bool:
@@ -104,7 +116,7 @@ def _set(state: ChatState, argument: str) -> None:
     except (RequestError, ValueError) as err:
         notice(f"Error: {err if isinstance(err, RequestError) else f'{value!r} is no number'}")
         return
-    state.conversation.max_new_tokens = state.most_new_tokens(state.options)
+    state.fit()
     notice(f"{name} is {'left to the model' if number is None else number}.")
 
 
@@ -113,14 +125,15 @@ def _save(state: ChatState, name: str) -> None:
         notice("Give a file: /save FILE")
         return
     text = json.dumps(state.conversation.messages, ensure_ascii=False, indent=1)
-    path = Path(name).expanduser()
     try:
-        with path.open("x", encoding="utf-8") as file:  # never over another file
+        with user_path(name).open("x", encoding="utf-8") as file:  # never over another file
             file.write(text + "\n")
+    except RequestError as err:
+        notice(f"Error: {err}")
     except OSError as err:
-        notice(f"Error: {path} cannot be written: {err.strerror}")
-        return
-    notice(f"wrote {path}")
+        notice(f"Error: {name} cannot be written: {err.strerror}")
+    else:
+        notice(f"wrote {name}")
 
 
 def _field(name: str) -> str:

@@ -77,7 +77,7 @@ multiplies matrices in float32.
     default=8,
     show_default=True,
     metavar="ROWS",
-    help="Most prompts that run at a time; changes speed and memory, not the text. With --chat "
+    help="Most prompts that run at a time; changes speed and memory, and the text by rounding only. With --chat "
     "prompts run one at a time.",
 )
 @runtime_options

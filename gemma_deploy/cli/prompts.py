@@ -76,7 +76,7 @@ def _whole(text: str, place: str) -> str:
 
 def _read_file(name: str) -> list[str]:
     text = _stdin_text() if name == "-" else read_text(Path(name))
-    is_json_lines = Path(name).suffix == ".jsonl"
+    is_json_lines = Path(name).suffix.lower() == ".jsonl"
     prompts = [
         _prompt_of(line, f"{name}, line {number}") if is_json_lines else plain_text(line)
         for number, line in enumerate(text.split("\n"), 1)

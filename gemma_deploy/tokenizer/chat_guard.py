@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final, TypeAlias
 
@@ -43,6 +42,9 @@ def guarded_pieces(
     - Some look into their own tokens (their length, where they begin), so that the marks change the
       text. Then all that the template writes around neutral messages is taken as its own.
 
+    Where they write the same around the messages as around neutral ones, position by position, each
+    token's place tells whose it is. Else no token may be anywhere but in what is written around.
+
     Args:
         conversation: Its contents as the template reads them.
         template: What renders it.
@@ -74,10 +76,39 @@ def guarded_pieces(
     if not composed or _is_aligned(real, neutral, filler):
         own = [*real.own, *composed]
         return split_at(plain, sorted(set(_cuts(Rendering(plain, own), control_tokens))))
-    found, expected = control_tokens.found(plain), control_tokens.found(neutral.text)
-    if found == expected and masking.spelled.isdisjoint(found):
-        return [plain]
-    raise _undecided([*(Counter(found) - Counter(expected))] or sorted(masking.spelled))
+    outside = _outside_of_frame(plain, neutral.text, filler, control_tokens)
+    if outside:
+        raise _undecided(outside)
+    return [plain]
+
+
+def _outside_of_frame(
+    text: str, neutral: str, filler: str, control_tokens: ControlTokens
+) -> list[str]:
+    """Return the control tokens of a text that are not where the template writes around messages.
+
+    What it writes around neutral ones must be in the text, in the same order and to the end, with
+    anything between. All tokens are returned where it is not.
+    """
+    everywhere = control_tokens.found(text)
+    covered: set[int] = set()
+    position = 0
+    *parts, last = re.split(rf"\s*{filler}[{filler}\s]*", neutral)
+    for number, part in enumerate(parts):
+        start = text.find(part, position)
+        if start < 0 or (number == 0 and start > 0):
+            return everywhere
+        position = start + len(part)
+        covered.update(range(start, position))
+    start = len(text) - len(last)
+    if start < position or not text.endswith(last):
+        return everywhere
+    covered.update(range(start, len(text)))
+    return [
+        normalized(text[start:end])
+        for start, end in control_tokens.spans(text)
+        if not covered.issuperset(range(start, end))
+    ]
 
 
 def _renders(
@@ -143,14 +174,12 @@ class _Masking:
         names: The strings that the template spells.
         control_tokens: What users may not write.
         framing: What the assistant may not write either.
-        spelled: The control tokens that were masked so far.
     """
 
     filler: str
     names: Collection[str]
     control_tokens: ControlTokens
     framing: Collection[str]
-    spelled: set[str] = dataclasses.field(default_factory=set)
 
     def masked(self, conversation: Conversation) -> Conversation:
         """Return a neutral copy of a conversation."""
@@ -181,13 +210,15 @@ class _Masking:
                 else self._value(item, change if key == "text" else self._hidden)
                 for key, item in value.items()
             }
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            # As many other digits: a template may put a token together around a number.
+            return type(value)(re.sub(r"[0-8]", lambda digit: str(int(digit[0]) + 1), repr(value)))
         return value
 
     def _key(self, key: str) -> str:
         return key if key in _KEYS or key in self.names else self._hidden(key)
 
     def _hidden(self, text: str) -> str:
-        self.spelled.update(self.control_tokens.found(text))
         return re.sub(r"\S", self.filler, text)
 
     def _answer(self, text: str) -> str:

@@ -143,12 +143,16 @@ class OnnxRuntimeGraph:
         if self._session is None:
             raise SessionError("the session is closed: load the model again")
         given = {INPUT_IDS: input_ids, INPUT_POS: input_pos, LOGITS_INDEX: logits_index}
-        for name in self._token_inputs:
-            self._write_input(name, given[name])
-        self._bind_cache(cache)
-        self._bind_logits((*logits_index.shape, self._spec.outputs[0].dims[-1]))
         try:
+            for name in self._token_inputs:
+                self._write_input(name, given[name])
+            self._bind_cache(cache)
+            self._bind_logits((*logits_index.shape, self._spec.outputs[0].dims[-1]))
             self._session.run_with_iobinding(self._binding)
+        except KeyboardInterrupt:
+            # What is bound may be memory that nobody holds any more.
+            self._clear()
+            raise
         except ORT_ERRORS as err:
             raise SessionError(
                 f"ONNX Runtime failed in {self._name} with {input_ids.shape[0]} rows of "
@@ -158,8 +162,10 @@ class OnnxRuntimeGraph:
 
     def unbind(self) -> None:
         """Let go of the cache of the last step."""
-        if self._bound_cache is None:
-            return
+        if self._bound_cache is not None:
+            self._clear()
+
+    def _clear(self) -> None:
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._bound_cache = None

@@ -122,7 +122,8 @@ def test_ends_of_text(stated: Any, expected: set[int]) -> None:
     ("fields", "message"),
     [
         ({"temperature": "hot"}, r"temperature is 'hot' \(str\); it must be a number"),
-        ({"temperature": -1}, "temperature is -1; it must be 0"),
+        ({"temperature": -1, "do_sample": True}, "temperature is -1; it must be 0"),
+        ({"top_k": -1, "do_sample": True}, "top_k is -1; it must be 0 or more"),
         ({"top_k": 2.5}, r"top_k is 2.5 \(float\); it must be a whole number"),
         ({"top_p": [0.9]}, r"top_p is \[0.9\] \(list\)"),
         ({"max_new_tokens": True}, r"max_new_tokens is True \(bool\)"),
@@ -140,8 +141,19 @@ def test_values_that_cannot_be_name_the_file(fields: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-6}, {"top_p": 0.0}, {"temperature": 0.0, "top_p": 0.5}]
+)
+def test_what_leaves_the_likeliest_token_alone_is_greedy(fields: Any) -> None:
+    assert parse(do_sample=True, **fields).over(GenerationOptions()).is_greedy
+
+
+@pytest.mark.parametrize(
     ("fields", "ignored"),
     [
+        ({"top_k": -1, "temperature": -1.0}, ("top_k=-1", "temperature=-1.0")),
+        ({"do_sample": False, "top_p": 0.0}, ("top_p=0.0",)),
+        ({"encoder_repetition_penalty": 1.5}, ("encoder_repetition_penalty=1.5",)),
+        ({"encoder_no_repeat_ngram_size": 2}, ("encoder_no_repeat_ngram_size=2",)),
         ({"min_p": 0.1, "no_repeat_ngram_size": 3}, ("min_p=0.1", "no_repeat_ngram_size=3")),
         ({"stop_strings": ["."], "num_beams": 4}, ("stop_strings=['.']", "num_beams=4")),
         ({"a_new_field": 1, "_private": 1}, ("a_new_field=1",)),

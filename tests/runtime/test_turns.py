@@ -99,3 +99,49 @@ def test_closed_it_has_no_more() -> None:
     assert next(shared) == 0
     shared.close()
     assert list(shared) == []
+
+
+def test_a_callback_does_not_wait_for_another_thread() -> None:
+    is_asked, may_go = threading.Event(), threading.Event()
+
+    def waiting() -> Generator[int]:
+        is_asked.set()
+        assert may_go.wait(DEADLINE_S)
+        yield 0
+
+    shared = SharedIterator(waiting(), "it", lambda: threading.current_thread() is main)
+    main = threading.current_thread()
+    other = threading.Thread(target=next, args=(shared,))
+    other.start()
+    assert is_asked.wait(DEADLINE_S)
+    with pytest.raises(RequestError, match="or another call that runs"):
+        next(shared)
+    shared.close()  # which the other thread's item is not taken from
+    may_go.set()
+    other.join(DEADLINE_S)
+
+
+def test_an_interrupt_leaves_no_lock_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+
+    class Interrupted:
+        """A lock that is interrupted as soon as it is taken."""
+
+        def __init__(self) -> None:
+            self.lock = turns._lock
+
+        def acquire(self) -> None:
+            self.lock.acquire()
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.lock, name)
+
+    monkeypatch.setattr(turns, "_lock", Interrupted())
+    with pytest.raises(KeyboardInterrupt), turns.taken():
+        pass
+    monkeypatch.undo()
+    thread = threading.Thread(target=lambda: turns.taken().__enter__())
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()

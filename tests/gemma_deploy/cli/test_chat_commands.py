@@ -19,7 +19,8 @@ def state() -> ChatState:
     return ChatState(
         conversation=conversation,
         options=GenerationOptions(),
-        most_new_tokens=lambda options: options.max_new_tokens or 256,
+        resolved=lambda options: options,
+        context_tokens=100,
     )
 
 
@@ -60,6 +61,14 @@ def test_options_are_set_shown_and_left_to_the_model(
     assert obey(state, "/set max-new-tokens default")
     assert state.options == GenerationOptions()
     assert state.conversation.max_new_tokens == 256
+
+
+def test_a_length_of_all_bounds_the_conversation(state: ChatState) -> None:
+    state.options = GenerationOptions(max_length=60)
+    state.fit()
+    assert state.conversation.max_seq_len == 60
+    obey(state, "/set max-new-tokens 5")
+    assert (state.conversation.max_seq_len, state.conversation.max_new_tokens) == (100, 5)
 
 
 @pytest.mark.parametrize(
