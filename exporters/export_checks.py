@@ -108,6 +108,7 @@ def require_space(folder: Path, weights_bytes: int, output: Path) -> None:
     needed, free = weights_bytes + _SMALL_FILES_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
-            f"{output.parent} has {format_bytes(free)} free, the bundle needs {format_bytes(needed)}: "
+            f"{output.parent} has {format_bytes(free)} free, the bundle needs {format_bytes(needed)} "
+            f"({format_bytes(_SMALL_FILES_BYTES)} of it kept for graphs and tokenizer): "
             "free space, choose another output, or a narrower --dtype. Nothing was written"
         )

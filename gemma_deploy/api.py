@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.errors import RequestError
+from gemma_deploy.errors import BackendUnavailableError, RequestError
+from gemma_deploy.install_hint import explain_missing_package, missing_package
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -62,8 +63,8 @@ def export(  # noqa: PLR0913  # a keyword for each decision
             graphs, or quantization that the model's sizes do not allow.
         OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
         ExportError: `output` cannot be written, or the export failed.
+        BackendUnavailableError: A package that writes graphs is not installed.
     """
-    from gemma_deploy.exporters.export import export_checkpoint
     from gemma_deploy.graph_spec import CACHE_DTYPE_BYTES, DTYPE_BYTES, LOWERINGS
     from gemma_deploy.text_files import read_text
 
@@ -78,6 +79,13 @@ def export(  # noqa: PLR0913  # a keyword for each decision
         for name in graphs:
             if name not in LOWERINGS:
                 raise RequestError(f"graphs has {name!r}; expected any of {', '.join(LOWERINGS)}")
+    try:
+        from gemma_deploy.exporters.export import export_checkpoint
+    except ModuleNotFoundError as err:
+        package = missing_package(err)
+        if package is None:
+            raise
+        raise BackendUnavailableError(explain_missing_package(package, "export")) from err
     if not Path(checkpoint).exists():
         raise RequestError(
             f"{checkpoint} is not there: give a checkpoint folder. A model on a hub is downloaded "

@@ -132,10 +132,17 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
+        if (folder.parent / MANIFEST_FILE).is_file():
+            raise RequestError(f"{folder} is no folder; give the bundle's, {folder.parent}")
         found = "is a file" if folder.exists() else "does not exist"
-        raise RequestError(f"{folder} {found}; expected the folder of a bundle")
+        raise RequestError(
+            f"{folder} {found}; expected the folder of a bundle, as `gemma-deploy export` makes it "
+            "of a checkpoint"
+        )
     if not path.is_file():
         hint = ""
+        if (folder / "decode.onnx").is_file():
+            hint = "; it holds a bundle's graphs: copy the bundle again, and whole"
         if (folder / "engine.json").is_file():
             hint = "; it is an engine: give the bundle that it was built from"
         if (folder / "config.json").is_file():

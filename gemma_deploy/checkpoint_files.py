@@ -111,6 +111,11 @@ def _explain_names(folder: Path, names: Sequence[str]) -> str | None:
     for marker, kind in others.items():
         if marker in names:
             return f"{folder} has {marker}, it is {kind}"
+    if "decode.onnx" in names:
+        return (
+            f"{folder} holds a bundle's graphs, and no {MANIFEST_FILE}: copy the bundle again, and "
+            "whole. Where a checkpoint is wanted, give the one that it was exported from"
+        )
     has_config = CONFIG_FILE in names
     if ADAPTER_FILE in names and not has_config:
         return _explain_adapter(folder)

@@ -1,12 +1,17 @@
-"""How gemma-deploy is installed with what is missing: `install_line`."""
+"""How gemma-deploy is installed with what is missing: `install_line`, `explain_missing_package`."""
 
+import importlib.util
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 _PACKAGE = "gemma-deploy"
+# The verbs of the machine where engines are made; a device that only runs them has fewer packages.
+_MAKING_VERBS: Final = ("export", "build", "verify")
 
 
 def install_line(extra: str | None = None, *options: str) -> str:
@@ -27,6 +32,26 @@ def install_line(extra: str | None = None, *options: str) -> str:
     quoted = f'"{target}"' if extra or " " in target else target
     command = " ".join(["pip install", *options, *(["--editable"] if is_editable else []), quoted])
     return command if clone else f"{command} in a clone of gemma-deploy"
+
+
+def missing_package(err: ModuleNotFoundError) -> str | None:
+    """Return the package whose absence an import failed for; None if it failed for another reason.
+
+    A module that is missing from this program, from Python itself or from a package that is there is
+    a bug or a broken installation, and the traceback tells where.
+    """
+    package = (err.name or "").partition(".")[0]
+    if package in ("", "gemma_deploy") or package in sys.stdlib_module_names:
+        return None
+    return package if importlib.util.find_spec(package) is None else None
+
+
+def explain_missing_package(package: str, verb: str | None) -> str:
+    """Return that a verb needs a package, and how to install it."""
+    text = f"this needs the Python package {package}, which is not installed: pip install {package}"
+    if verb in _MAKING_VERBS:
+        text += f". All that {verb} needs: {install_line()}"
+    return text
 
 
 def _clone() -> tuple[Path | None, bool]:

@@ -78,8 +78,7 @@ def check_replaceable(output: Path, *, force: bool, replaceable: str) -> None:
     try:
         output.lstat()
         is_replaceable = (
-            force
-            and not output.is_symlink()
+            not output.is_symlink()
             and output.is_dir()
             and ((output / replaceable).is_file() or not any(output.iterdir()))
         )
@@ -87,13 +86,13 @@ def check_replaceable(output: Path, *, force: bool, replaceable: str) -> None:
         return
     except OSError as err:
         raise _cannot_write(output, err) from err
-    if not force:
-        raise OutputExistsError(f"{output} exists; use --force to replace it, or another output")
     if not is_replaceable:
         raise OutputExistsError(
             f"{output} exists and is not a folder that gemma-deploy made (no {replaceable}); "
             "it is not replaced even with --force: choose another output, or remove it yourself"
         )
+    if not force:
+        raise OutputExistsError(f"{output} exists; use --force to replace it, or another output")
 
 
 class Lock(enum.Enum):

@@ -143,7 +143,8 @@ command with the same file goes on where it stopped.
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads of the CPU kernels, of all contenders. [default: one per core]",
+    help="Threads of the CPU kernels, of all contenders; at most 4 for each core. "
+    "[default: one per core]",
 )
 @prepacked_cache_option
 @click.option(

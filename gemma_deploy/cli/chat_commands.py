@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 _HELP: Final = """\
 /reset              forget the conversation, keep the system prompt (also /clear)
-/system TEXT        tell the model TEXT beforehand, and start anew; without TEXT, show what it is told
-/set NAME VALUE     change how answers are generated: {names};
-                    the VALUE default leaves it to the model again; without NAME, show what was set
+/system TEXT        tell the model TEXT beforehand, and start anew; without TEXT, show what it
+                    is told
+/set NAME VALUE     change how answers are generated; the VALUE default leaves it to the model
+                    again; without NAME, show what was set. NAME is one of
+                    {names}
 /save FILE          write the conversation to FILE, as JSON
 /stats              show or hide the speed of each answer
 /help               show this
@@ -33,6 +35,7 @@ _SETTABLE: Final[Mapping[str, type[int] | type[float]]] = {
     "repetition-penalty": float,
     "seed": int,
 }
+_SHORT_NAMES: Final[Mapping[str, str]] = {"temp": "temperature"}  # as the option's is --temp
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,14 +110,24 @@ def _set(state: ChatState, argument: str) -> None:
         notice(", ".join(said) or "(Nothing is set: answers are generated as the model says.)")
         return
     name, _, value = argument.partition(" ")
+    name = _SHORT_NAMES.get(name, name)
     if name not in _SETTABLE:
         notice(f"{name} cannot be set; expected {', '.join(_SETTABLE)}.")
         return
+    if not value:
+        notice(f"Give a number: /set {name} VALUE, or /set {name} default")
+        return
+    kind = _SETTABLE[name]
     try:
-        number = None if value == "default" else _SETTABLE[name](value)
+        number = None if value == "default" else kind(value)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        notice(f"Error: {name} is {value!r}; expected {expected}")
+        return
+    try:
         state.options = with_overrides(state.options, {_field(name): number})
-    except (RequestError, ValueError) as err:
-        notice(f"Error: {err if isinstance(err, RequestError) else f'{value!r} is no number'}")
+    except RequestError as err:
+        notice(f"Error: {err}")
         return
     state.fit()
     notice(f"{name} is {'left to the model' if number is None else number}.")
@@ -130,6 +143,8 @@ def _save(state: ChatState, name: str) -> None:
             file.write(text + "\n")
     except RequestError as err:
         notice(f"Error: {err}")
+    except FileExistsError:
+        notice(f"Error: {name} is there already, and is not written over: give another name")
     except OSError as err:
         notice(f"Error: {name} cannot be written: {err.strerror}")
     else:

@@ -87,7 +87,7 @@ both are equal.
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads of the CPU kernels. [default: one per core]",
+    help="Threads of the CPU kernels, at most 4 for each core. [default: one per core]",
 )
 @click.option(
     "--plot",

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,13 +11,10 @@ import click
 
 from gemma_deploy.cli.console import warnings_as_notices
 from gemma_deploy.errors import GemmaDeployError
-from gemma_deploy.install_hint import install_line
+from gemma_deploy.install_hint import explain_missing_package, missing_package
 
 # What a shell reports for a program that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED_EXIT_CODE: Final = 130
-
-# The verbs of the machine where engines are made; a device that only runs them has fewer packages.
-_MAKING_VERBS: Final = ("export", "build", "verify")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,26 +47,6 @@ def explain_os_error(err: OSError) -> str:
         f"{err.filename} cannot be used: {reason}; check the path and that this user may read it "
         "and its folders"
     )
-
-
-def missing_package(err: ModuleNotFoundError) -> str | None:
-    """Return the package whose absence an import failed for; None if it failed for another reason.
-
-    A module that is missing from this program, from Python itself or from a package that is there is
-    a bug or a broken installation, and the traceback tells where.
-    """
-    package = (err.name or "").partition(".")[0]
-    if package in ("", "gemma_deploy") or package in sys.stdlib_module_names:
-        return None
-    return package if importlib.util.find_spec(package) is None else None
-
-
-def explain_missing_package(package: str, verb: str | None) -> str:
-    """Return that a verb needs a package, and how to install it."""
-    text = f"this needs the Python package {package}, which is not installed: pip install {package}"
-    if verb in _MAKING_VERBS:
-        text += f". All that {verb} needs: {install_line()}"
-    return text
 
 
 class LazyGroup(click.Group):

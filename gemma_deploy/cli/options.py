@@ -67,7 +67,7 @@ def sampling_options(function: Function) -> Function:
             type=click.FloatRange(min=0),
             metavar="X",
             help="Sample, with logits divided by X: below 1 is safer, above 1 is wilder, 0 is "
-            "greedy. [default: as generation_config.json says, else 1]",
+            "greedy; else from 0.0001 to 10000. [default: as generation_config.json says, else 1]",
         ),
         click.option(
             "--top-k",

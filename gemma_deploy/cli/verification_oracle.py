@@ -51,7 +51,7 @@ def _transformers() -> tuple[str, Any]:
     try:
         import transformers
     except ImportError as err:
-        raise NoOracleError("transformers is not installed") from err
+        raise NoOracleError("transformers is not installed (pip install transformers)") from err
     name = f"transformers {transformers.__version__}"
     if int(transformers.__version__.split(".")[0]) < _LEAST_MAJOR_VERSION:
         raise NoOracleError(f"{name} is installed, {_LEAST_MAJOR_VERSION} or newer is needed")

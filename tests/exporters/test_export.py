@@ -416,7 +416,7 @@ def test_too_small_a_disk_is_noticed_before_writing(checkpoint: Path, disk: Path
     (disk / "other").write_bytes(bytes(20 << 20))
     seen: list[object] = []
     message = (
-        rf"{re.escape(str(disk))} has \d+\.\d\d MiB free, the bundle needs \d+\.\d\d MiB: free space, "
+        rf"{re.escape(str(disk))} has \d+\.\d\d MiB free, the bundle needs \d+\.\d\d MiB \(64.00 MiB .*\): free space, "
         "choose another output"
     )
     with pytest.raises(ExportError, match=message):

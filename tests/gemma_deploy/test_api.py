@@ -271,6 +271,21 @@ def test_export_does_not_replace(bundle: Path, checkpoint: Path) -> None:
         gemma_deploy.export(checkpoint, bundle)
 
 
+def test_an_export_without_what_writes_graphs_says_what_to_install(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['onnx_ir'] = None\n"
+        "import gemma_deploy\n"
+        "from gemma_deploy.errors import BackendUnavailableError\n"
+        "try: gemma_deploy.export('.', 'out')\n"
+        "except BackendUnavailableError as err: print(err)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "needs the Python package onnx_ir, which is not installed: pip install" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_public_name_is_there() -> None:
     for name in gemma_deploy.__all__:
         assert getattr(gemma_deploy, name).__name__ == name

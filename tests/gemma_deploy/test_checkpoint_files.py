@@ -62,6 +62,7 @@ class TestExplainFolder:
             (["manifest.ocdbt"], "Orbax"),
             (["gemma3.task"], "LiteRT"),
             (["model.onnx"], "ONNX graphs"),
+            (["decode.onnx", "config.json"], "a bundle's graphs, and no manifest.json: copy"),
             (["manifest.json", "weights.safetensors"], "it is a bundle: give the checkpoint"),
             (["engine.json", "engine.plan"], "it is an engine: give the checkpoint"),
             (["model_index.json", "config.json"], "it is a pipeline of diffusers"),

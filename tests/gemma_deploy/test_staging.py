@@ -122,8 +122,9 @@ def test_force_replaces_an_empty_folder(output: Path) -> None:
     assert (output / MARK).read_text() == "new"
 
 
+@pytest.mark.parametrize("force", [True, False])
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
-def test_force_does_not_replace_what_others_made(output: Path, kind: str) -> None:
+def test_what_others_made_is_not_replaced(output: Path, kind: str, force: bool) -> None:
     thesis = output.parent / "thesis"
     if kind == "folder":
         output.mkdir()
@@ -139,7 +140,7 @@ def test_force_does_not_replace_what_others_made(output: Path, kind: str) -> Non
         "even with --force: choose another output, or remove it yourself"
     )
     with pytest.raises(OutputExistsError, match=re.escape(message)):
-        write(output, force=True)
+        write(output, force=force)
     assert kind == "dangling link" or thesis.read_text() == "precious"
 
 

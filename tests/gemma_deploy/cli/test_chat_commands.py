@@ -75,7 +75,9 @@ def test_a_length_of_all_bounds_the_conversation(state: ChatState) -> None:
     ("text", "message"),
     [
         ("/set warmth 1", "warmth cannot be set; expected max-new-tokens, temperature"),
-        ("/set top-k many", "Error: 'many' is no number"),
+        ("/set top-k many", "Error: top-k is 'many'; expected a whole number"),
+        ("/set top-p many", "Error: top-p is 'many'; expected a number"),
+        ("/set temp", "Give a number: /set temperature VALUE"),
         ("/set top-p 3", "Error: top_p is 3"),
         ("/save", "Give a file"),
         ("/nonsense", "/nonsense is no command; /help lists them."),
@@ -98,5 +100,5 @@ def test_a_conversation_is_saved_never_over_a_file(
     said(capsys)
     obey(state, "/reset")
     assert obey(state, f"/save {path}")
-    assert "cannot be written: File exists" in said(capsys)
+    assert "is there already" in said(capsys)
     assert len(json.loads(path.read_text())) == 2
