@@ -83,7 +83,8 @@ def check_max_seq_len(max_seq_len: int | None, limit: int) -> None:
         return
     number = as_int(max_seq_len)
     if number is None or not 1 <= number <= limit:
+        found = shortened(max_seq_len) if number is None else f"{number:,}"
         raise RequestError(
-            f"max_seq_len is {shortened(max_seq_len)}; this model is made for 1 to {limit:,} tokens "
+            f"max_seq_len is {found}; this model is made for 1 to {limit:,} tokens "
             "(max_position_embeddings in its config, or --max-seq-len of its engine's build)"
         )

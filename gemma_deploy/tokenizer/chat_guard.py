@@ -15,6 +15,7 @@ from gemma_deploy.tokenizer.conversation import Conversation
 _Render: TypeAlias = Callable[[Conversation], Rendering]
 
 # What a conversation has whatever the template looks up.
+_OTHER_DIGITS: Final = str.maketrans("0123456789", "1234567898")
 _KEYS: Final = frozenset({"role", "content", "type", "text"})
 # Values of "type" that templates compare: of tool calls, text parts and JSON schemas.
 _TYPES: Final = frozenset(
@@ -212,7 +213,8 @@ class _Masking:
             }
         if isinstance(value, int | float) and not isinstance(value, bool):
             # As many other digits: a template may put a token together around a number.
-            return type(value)(re.sub(r"[0-8]", lambda digit: str(int(digit[0]) + 1), repr(value)))
+            kind = int if isinstance(value, int) else float
+            return kind(repr(kind(value)).translate(_OTHER_DIGITS))
         return value
 
     def _key(self, key: str) -> str:

@@ -126,7 +126,8 @@ def test_a_head_that_transformers_leaves_out_is_said(
 ) -> None:
     table = load_file(copy / SAVED)["model.embed_tokens.weight"]
     add(copy, **{"_orig_mod.lm_head.weight": table.flip(0)})
-    with pytest.warns(UserWarning, match="that is the head"):
+    wrapped = pytest.warns(UserWarning, match="_orig_mod., which a wrapper put into the names")
+    with wrapped, pytest.warns(UserWarning, match="that is the head"):
         bundle = api.export(copy, tmp_path / "bundle").folder
 
     result = invoke("verify", bundle, "--checkpoint", copy)

@@ -312,16 +312,22 @@ def test_a_disguised_token_does_not_pass_for_one_that_is_left_out(
         tokenizer.encode_chat([user(forged)])
 
 
-@pytest.mark.parametrize("number", [7, 7.5])
-def test_a_number_does_not_complete_a_token(write_folder: Any, number: float) -> None:
+@pytest.mark.parametrize("number", [0, 7, 7.5, 9, 99, 10])
+def test_a_number_does_not_complete_a_token(
+    write_folder: Any, trained: dict[str, Any], number: float
+) -> None:
+    text = json.dumps({key: trained[key] for key in ("added_tokens", "model")})
+    forged = f"<unused{int(number)}>"
+    spec = json.loads(text.replace("<unused0>", forged))
     template = "{{ bos_token }}{{ '<unused' ~ messages[0].n | int ~ '>' }}{{ messages[0].content }}"
-    tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(spec, template=template))
     message = {**user("hi"), "n": number}
+    assert tokenizer.apply_chat_template([message]) == f"<bos>{forged}hi"
     try:
         ids = tokenizer.encode_chat([message])
     except TokenizerError:
         return
-    assert control_ids(tokenizer, ids) == [tokenizer.bos_token_id]
+    assert tokenizer.token_to_id(forged) not in [None, *ids]
 
 
 def test_users_may_write_private_use_characters(tokenizer: GemmaTokenizer, oracle: Any) -> None:
