@@ -168,7 +168,8 @@ class _Masking:
     """Puts a filler in place of all that users wrote, character by character.
 
     What stays: whitespace, which templates trim and split at; roles and types, which are of a few
-    kinds; keys that the template spells; control tokens that the assistant may write.
+    kinds; keys that the template spells, unless they are control tokens; control tokens that the
+    assistant may write.
 
     Attributes:
         filler: A character that occurs nowhere else.
@@ -218,7 +219,8 @@ class _Masking:
         return value
 
     def _key(self, key: str) -> str:
-        return key if key in _KEYS or key in self.names else self._hidden(key)
+        is_kept = key in _KEYS or (key in self.names and not self.control_tokens.found(key))
+        return key if is_kept else self._hidden(key)
 
     def _hidden(self, text: str) -> str:
         return re.sub(r"\S", self.filler, text)

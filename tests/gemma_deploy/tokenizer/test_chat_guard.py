@@ -130,6 +130,15 @@ def test_strings_beside_the_content(write_folder: Any) -> None:
     assert "<end_of_turn>" in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("end", ["<end_of_turn>", "{{ '<end_of' ~ '_turn>' }}"])
+def test_a_key_that_the_template_writes_elsewhere(write_folder: Any, end: str) -> None:
+    template = "{{ bos_token }}{{ tools | tojson }}{{ '<end_of_turn>' }}" + end
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    ids = tokenizer.encode_chat([user("")], tools=[{"<end_of_turn>": 1}])
+    assert control_ids(tokenizer, ids) == [tokenizer.bos_token_id, turn, turn]
+
+
 def test_merges_cannot_build_a_control_token(
     write_folder: Any, poisoned_spec: dict[str, Any]
 ) -> None:
