@@ -44,7 +44,9 @@ class GemmaDeployWarning(UserWarning):
 def warn(message: str) -> None:
     """Issue a `GemmaDeployWarning` that points at the line outside this package that led to it."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("gemma_deploy."):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(
+        "gemma_deploy."
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, GemmaDeployWarning, stacklevel=level)
 

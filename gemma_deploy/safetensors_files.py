@@ -98,8 +98,8 @@ def read_header(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the header cannot be read, or the file is shorter than it says.
     """
-    file_bytes = file.stat().st_size
     try:
+        file_bytes = file.stat().st_size
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):

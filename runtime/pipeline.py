@@ -160,7 +160,7 @@ def _is_continued(messages: list[Any], settings: PipelineSettings) -> bool:
 def _continued(message: Any, text: str) -> dict[str, Any]:
     """Return a message with text behind its own, which is a string or parts that end with text."""
     content = message["content"]
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content + text}
+    if isinstance(content, str) or not content:
+        return {"role": message["role"], "content": (content or "") + text}
     *parts, last = content
     return {"role": message["role"], "content": [*parts, {**last, "text": last["text"] + text}]}

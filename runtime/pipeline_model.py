@@ -70,7 +70,11 @@ def read_tokenizer(given: object) -> GemmaTokenizer:
     if isinstance(given, str | Path) and user_path(given).is_dir():
         return GemmaTokenizer.from_pretrained(user_path(given))
     kind = type(given)
-    found = repr(given) if isinstance(given, str | Path) else f"a {kind.__module__}.{kind.__name__}"
+    found = (
+        shortened(given)
+        if isinstance(given, str | Path)
+        else f"a {kind.__module__}.{kind.__name__}"
+    )
     raise RequestError(
         f"tokenizer is {found}; expected a folder with tokenizer.json, or a "
         "gemma_deploy.tokenizer.GemmaTokenizer. The model's own is used where none is given"

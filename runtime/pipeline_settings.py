@@ -85,7 +85,7 @@ class PipelineSettings:
             "continue_final_message",
         ):
             if not isinstance(given.get(name), bool | None):
-                raise RequestError(f"{name} is {given[name]!r}; expected True or False")
+                raise RequestError(f"{name} is {shortened(given[name])}; expected True or False")
         options = _options(given, defaults)
         count = whole_number("num_return_sequences", given.get("num_return_sequences", 1), 1)
         if count > 1 and options.is_greedy:

@@ -36,7 +36,8 @@ def format_spread(spread: Spread, unit: str = "") -> str:
 
 def headline_facts(report: BenchReport) -> list[tuple[str, str]]:
     """Return ours in the first case, in three figures with their names; nothing if it did not run."""
-    ours = next((m for m in report.measurements if m.contender == OURS), None)
+    cases = report.cases()
+    ours = report.of(OURS, cases[0]) if cases else None
     if ours is None:
         return []
     return [

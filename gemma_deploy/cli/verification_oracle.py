@@ -34,17 +34,28 @@ def oracle_logits(
     name, transformers = _transformers()
     if checkpoint.nf4:
         raise NoOracleError(f"{name} computes with bitsandbytes' codes in another dtype")
-    try:
-        on_progress("loading the checkpoint with transformers", 0, 1)
+    on_progress("loading the checkpoint with transformers", 0, 1)
+    with _running(name):
         model, report = _loaded(transformers, checkpoint.folder)
-        unread = _unread(report, checkpoint)
-        found = [] if unread else _logits(model, rows, on_progress)
+    unread = _unread(report, checkpoint)
+    if unread:
+        raise NoOracleError(f"{name} {unread}")
+    found: list[FloatArray] = []
+    for row in rows:
+        on_progress("running transformers", len(found), len(rows))
+        with _running(name):
+            found.append(_logits(model, row))
+    return name, found
+
+
+@contextlib.contextmanager
+def _running(name: str) -> Iterator[None]:
+    """Take what transformers raises, and nothing else, for a reason not to compare with it."""
+    try:
+        yield
     except Exception as err:  # whatever its config classes, its models and torch raise
         reason = str(err).strip().split("\n")[0] or type(err).__name__
         raise NoOracleError(f"{name} cannot run it ({shortened_text(reason, 200)})") from err
-    if unread:
-        raise NoOracleError(f"{name} {unread}")
-    return name, found
 
 
 def _transformers() -> tuple[str, Any]:
@@ -83,20 +94,17 @@ def _unread(report: Any, checkpoint: Checkpoint) -> str | None:
     return f"leaves out {unread[0]}{' and others' if len(unread) > 1 else ''}" if unread else None
 
 
-def _logits(model: Any, rows: Sequence[TokenRow], on_progress: Progress) -> list[FloatArray]:
+def _logits(model: Any, row: TokenRow) -> FloatArray:
     import torch
 
-    found: list[FloatArray] = []
     with torch.inference_mode():
-        for row in rows:
-            on_progress("running transformers", len(found), len(rows))
-            output = model(
-                input_ids=torch.tensor([row.token_ids]),
-                logits_to_keep=torch.tensor(row.positions),
-                use_cache=False,
-            )
-            found.append(output.logits[0].float().numpy())
-    return found
+        output = model(
+            input_ids=torch.tensor([row.token_ids]),
+            logits_to_keep=torch.tensor(row.positions),
+            use_cache=False,
+        )
+    logits: FloatArray = output.logits[0].float().numpy()
+    return logits
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def check_labels(labels: object, logits: Tensor, *, ignored: int) -> Tensor:
             f"labels have shape {list(targets.shape)}, logits {list(logits.shape)}: expected one "
             "label for each position with logits. Leave logits_to_keep at 0 when training"
         )
-    _check_range("labels", targets.masked_fill(targets == ignored, 0), logits.shape[-1])
+    _check_range("labels", targets, logits.shape[-1], ignored=ignored)
     return targets
 
 
@@ -203,10 +203,14 @@ def _check_dtype(
         )
 
 
-def _check_range(name: str, tensor: Tensor, size: int, *, lowest: int = 0) -> None:
-    """Require values in [lowest, size), where looking costs nothing: on a CPU."""
+def _check_range(
+    name: str, tensor: Tensor, size: int, *, lowest: int = 0, ignored: int | None = None
+) -> None:
+    """Require values in [lowest, size) or `ignored`, where looking costs nothing: on a CPU."""
     if tensor.device.type != "cpu" or not has_values(tensor) or not tensor.numel():
         return
+    if ignored is not None:
+        tensor = tensor.masked_fill(tensor == ignored, 0)
     least, largest = (int(x) for x in torch.aminmax(tensor))
     if least < lowest or largest >= size:
         found = least if least < lowest else largest

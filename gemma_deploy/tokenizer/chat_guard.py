@@ -61,12 +61,16 @@ def guarded_pieces(
     if not control_tokens.found(plain):
         return [plain]
     *renders, filler = _renders(conversation, template, framing, set(plain))
-    # Without marks the text is the plain one, so there always is one of the two.
     render, real = next(
-        (render, real)
-        for render in renders
-        if (real := _rendering_or_none(render, conversation)) is not None and real.text == plain
+        (
+            (render, real)
+            for render in renders
+            if (real := _rendering_or_none(render, conversation)) is not None and real.text == plain
+        ),
+        (None, None),
     )
+    if render is None or real is None:  # a template that writes the time, or at random
+        raise _undecided(control_tokens.found(plain))
     if not any(_cuts(real, control_tokens)):
         return [plain]
     masking = _Masking(filler, template.names, control_tokens, framing)

@@ -49,7 +49,7 @@ class Conversation:
         Raises:
             TokenizerError: There are no messages, one is malformed, has an unknown role or holds
                 something else than text; a tool is no JSON schema; or the message to continue is
-                not the assistant's, or empty.
+                not the assistant's, or has no content.
         """
         _check_is_list(messages, "messages", '{"role": ..., "content": ...}')
         if not messages:

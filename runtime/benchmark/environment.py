@@ -72,8 +72,11 @@ def read_environment(
 
 
 def _load_average() -> str:
-    """Return how many threads wanted to run over the last minute; empty on Windows, which says none."""
-    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
+    """Return how many threads wanted to run over the last minute; empty where nothing says it."""
+    try:
+        return f"{os.getloadavg()[0]:.2f}"
+    except (AttributeError, OSError):  # Windows has none, and a container may hide it
+        return ""
 
 
 def _cpu_clock() -> str:

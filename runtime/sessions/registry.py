@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from gemma_deploy.errors import BackendUnavailableError, RequestError
 from gemma_deploy.graph_spec import DType
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.dtypes import check_dtype, dtype_name
 from gemma_deploy.runtime.sessions.session import Session
@@ -76,7 +77,9 @@ def create_session(
     if backend == "auto":
         backend = natural_backend(source)
     if backend not in BACKENDS:
-        raise RequestError(f"backend is {backend!r}; expected auto, {', '.join(sorted(BACKENDS))}")
+        raise RequestError(
+            f"backend is {shortened(backend)}; expected auto, {', '.join(sorted(BACKENDS))}"
+        )
     check_threads(threads)
     name = dtype_name(dtype)
     check_dtype(source, name)

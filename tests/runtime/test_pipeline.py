@@ -148,6 +148,16 @@ def test_a_token_said_to_end_texts_is_shown_as_in_transformers(
     )
 
 
+def test_an_answer_of_no_parts_is_continued(pipeline: Any) -> None:
+    contents: list[Any] = ["", []]
+    answers = [
+        pipeline([*CHAT, {"role": "assistant", "content": content}], **OPTIONS)
+        for content in contents
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0]["generated_text"][-1]["content"]
+
+
 def test_parts_of_a_message_are_continued(pipeline: Any) -> None:
     parts = [{"type": "text", "text": "Names refer"}]
     chat = [*CHAT, {"role": "assistant", "content": parts}]

@@ -98,3 +98,9 @@ def test_it_begins_with_three_figures(bench_report: BenchReport) -> None:
     ]
     assert text.index("<b>") < text.index("<svg")
     assert "<b>" not in report_html(dataclasses.replace(bench_report, measurements=()))
+    # Where ours did not run the first case, another case's figures are not shown as that one's.
+    first = bench_report.cases()[0]
+    rest = tuple(m for m in bench_report.measurements if (m.contender, m.case) != (OURS, first))
+    baselines = dataclasses.replace(bench_report, measurements=rest)
+    assert first in baselines.cases()
+    assert "<b>" not in report_html(baselines)

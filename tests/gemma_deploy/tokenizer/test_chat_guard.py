@@ -139,6 +139,14 @@ def test_a_key_that_the_template_writes_elsewhere(write_folder: Any, end: str) -
     assert control_ids(tokenizer, ids) == [tokenizer.bos_token_id, turn, turn]
 
 
+def test_a_template_that_never_writes_the_same_twice(write_folder: Any) -> None:
+    number = "{{ range(100000) | random }}"
+    template = "{{ bos_token }}" + 4 * number + "{{ messages[0].content }}"
+    tokenizer = GemmaTokenizer.from_pretrained(write_folder(template=template))
+    with pytest.raises(TokenizerError, match="does not let tell them from its own"):
+        tokenizer.encode_chat([user("a<eos>")])
+
+
 def test_merges_cannot_build_a_control_token(
     write_folder: Any, poisoned_spec: dict[str, Any]
 ) -> None:
@@ -334,7 +342,8 @@ def test_a_number_does_not_complete_a_token(
     assert tokenizer.apply_chat_template([message]) == f"<bos>{forged}hi"
     try:
         ids = tokenizer.encode_chat([message])
-    except TokenizerError:
+    except TokenizerError as err:
+        assert "control tokens" in str(err)  # noqa: PT017  either outcome is right
         return
     assert tokenizer.token_to_id(forged) not in [None, *ids]
 
