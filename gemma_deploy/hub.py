@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from gemma_deploy.checkpoint_files import LICENCE_PATTERNS, explain_folder
+from gemma_deploy.checkpoint_files import ADAPTER_FILE, LICENCE_PATTERNS, explain_folder
 from gemma_deploy.errors import HubError, RequestError
 from gemma_deploy.install_hint import install_line
 from gemma_deploy.user_paths import user_path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Weights, what describes them, and the tokenizer; `download` adds the licences. Never pickle or GGUF.
 WANTED_FILES: Final = (
     "config.json",
-    "adapter_config.json",
+    ADAPTER_FILE,
     "generation_config.json",
     "*.safetensors",
     "model.safetensors.index.json",

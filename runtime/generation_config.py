@@ -15,7 +15,7 @@ from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.request import GenerationOptions, as_int
 
 # What transformers' `generate` takes where do_sample is true and the file has no top_k.
-TOP_K_WHEN_SAMPLING: Final = 50
+_TOP_K_WHEN_SAMPLING: Final = 50
 
 _OPTION_FIELDS: Final = (
     "max_new_tokens",
@@ -154,7 +154,7 @@ class GenerationDefaults:
         if not is_sampled or temperature == 0:
             sampling: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": None}
         else:
-            top_k = TOP_K_WHEN_SAMPLING if self.do_sample else 0
+            top_k = _TOP_K_WHEN_SAMPLING if self.do_sample else 0
             sampling = {
                 "temperature": temperature,
                 "top_k": _first(options.top_k, stated.top_k, top_k),

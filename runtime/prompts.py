@@ -63,7 +63,7 @@ def _text_prompt(
 ) -> Prompt:
     if not isinstance(text, str):
         raise RequestError(f"prompt {number} is {_described(text)}; expected a string")
-    token_ids = tokenizer.encode(text, add_eos=False, allow_special=allow_special)
+    token_ids = tokenizer.encode(text, allow_special=allow_special)
     if not token_ids:
         if tokenizer.bos_token_id is None:
             raise RequestError(

@@ -1,20 +1,13 @@
 """How many threads CPU kernels may have."""
 
-import os
 from typing import Final
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.machine import usable_cores
 from gemma_deploy.runtime.request import whole_number
 
 # More only get into each other's way: a thousand on two cores never come to an end.
 _MOST_THREADS_PER_CORE: Final = 4
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_threads(threads: int | None) -> None:
@@ -26,7 +19,7 @@ def check_threads(threads: int | None) -> None:
     if threads is None:
         return
     threads = whole_number("threads", threads, 1)
-    cores = available_cores()
+    cores = usable_cores()
     if threads > _MOST_THREADS_PER_CORE * cores:
         raise RequestError(
             f"threads is {threads:,}; this process may use {cores} core(s), where more than "

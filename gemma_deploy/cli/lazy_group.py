@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final

@@ -3,12 +3,13 @@ import os
 import pytest
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.machine import usable_cores
 from gemma_deploy.runtime import threads
 from gemma_deploy.runtime.threads import check_threads
 
 
 def test_threads_are_bounded_by_the_cores_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "available_cores", lambda: 3)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 3)
     for count in (None, 1, 12):
         check_threads(count)
     with pytest.raises(
@@ -23,9 +24,9 @@ def test_threads_are_bounded_by_the_cores_of_the_process(monkeypatch: pytest.Mon
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
 def test_cores_that_the_process_may_not_use_do_not_count() -> None:
     before = os.sched_getaffinity(0)
-    assert threads.available_cores() == len(before)
+    assert usable_cores() == len(before)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert threads.available_cores() == 1
+        assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
