@@ -36,7 +36,11 @@ _CLEANUP_SHARE = 0.1
 # States of a thread that goes on by itself: it computes or waits for a core, or waits for a disk.
 _PROGRESSING = {"R", "D"}
 _SHOWN_FRAMES = 12  # of each thread, the innermost
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # what times of processes are counted in
+
+
+def _tick_s() -> float:
+    """Return what times of processes are counted in, which Windows does not have."""
+    return 1 / os.sysconf("SC_CLK_TCK")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -133,7 +137,7 @@ class _Watch(threading.Thread):
         while not self._is_over.wait(interval_s):
             before_s, used_s = used_s, self._used_s()
             # Intervals are counted, not read off a clock, which runs on while this process is stopped.
-            if _is_progressing() or used_s - before_s > _IDLE_SHARE * interval_s + 2 * _TICK_S:
+            if _is_progressing() or used_s - before_s > _IDLE_SHARE * interval_s + 2 * _tick_s():
                 idle_s = max(0, idle_s - _FORGIVEN_LOOKS * interval_s)
             else:
                 idle_s += interval_s
@@ -154,7 +158,7 @@ class _Watch(threading.Thread):
             if stat := _stat(Path(f"/proc/{pid}")):
                 # In user and in system mode, its own and that of children that ended.
                 ticks += sum(map(int, stat[11:15]))
-        return ticks * _TICK_S - time.thread_time()
+        return ticks * _tick_s() - time.thread_time()
 
     def _watch_the_watch(self) -> None:
         """End the process if a call of a library keeps this thread, too, from running: the one clock."""

@@ -127,7 +127,7 @@ def test_each_piece_may_be_asked_for_by_another_thread(generator: TextGenerator)
 
     while in_threads(6, one_piece_of_each) != [[]] * 6:
         pass
-    for prompt, stream in zip(PROMPTS, streams, strict=False):
+    for prompt, stream in zip(PROMPTS[:4], streams, strict=True):
         assert stream.result.text == generator.generate(prompt, **options)[0].text
 
 

@@ -54,6 +54,14 @@ class TestWorks:
         assert result.returncode == 0, result.stderr
         assert "FAIL" not in result.stdout
 
+    def test_bench(self, run: Run, bundle: Path) -> None:
+        result = run("bench", bundle, "--prompt-tokens", 8, "--new-tokens", 2, "--rounds", 1)
+
+        assert result.returncode == 0, result.stderr
+
+    def test_cache(self, run: Run) -> None:
+        assert run("cache", "list").returncode == 0
+
     def test_evaluate(self, run: Run, bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "text.txt").write_text("Some words of a text that is read. " * 5)
 
