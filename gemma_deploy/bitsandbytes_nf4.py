@@ -9,7 +9,6 @@ Source: bitsandbytes' QuantState (https://github.com/bitsandbytes-foundation/bit
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from typing import Any, Final
 import numpy as np
 
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.json_files import parse_json
+from gemma_deploy.json_values import typed, whole
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 from gemma_deploy.quoting import shortened
 from gemma_deploy.stored_tensor import FLOAT_BYTES, Floats, StoredTensor, widened
 
@@ -30,7 +32,6 @@ PART_NAMES: Final = frozenset(
 _NUM_VALUES = 16
 _NUM_NESTED_VALUES = 256
 _MAX_BLOCK_SIZE = 4096  # the largest that bitsandbytes has
-_MAX_STATE_BYTES = 1 << 20  # of some 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,15 +187,14 @@ class _State:
 
     def __init__(self, info: StoredTensor) -> None:
         self._info = info
-        if info.size_bytes > _MAX_STATE_BYTES:
+        if info.size_bytes > MAX_CONFIG_BYTES:
             raise self._error(f"it has {info.size_bytes} bytes")
-        try:
-            raw = json.loads(info.read(0, info.size_bytes))
-        except (ValueError, RecursionError) as err:
-            raise self._error(str(err)) from err
-        if not isinstance(raw, dict):
-            raise self._error(f"it holds {type(raw).__name__}")
-        self._raw: Mapping[str, Any] = raw
+        self._raw = parse_json(
+            info.read(0, info.size_bytes),
+            f"{info.name} in {info.file}",
+            error=CheckpointError,
+            remedy="save the checkpoint again",
+        )
         scheme = self._entry("quant_type")
         if scheme != "nf4":
             raise CheckpointError(
@@ -209,27 +209,28 @@ class _State:
 
     def block_size(self, name: str) -> int:
         """Return a number of elements that share a scale."""
-        size = self._entry(name)
-        if type(size) is not int or not 1 <= size <= _MAX_BLOCK_SIZE:
-            raise self._error(
-                f"{name} is {shortened(size)}, expected an integer from 1 to {_MAX_BLOCK_SIZE}"
-            )
-        return size
+        try:
+            return whole(self._entry(name), name, 1, _MAX_BLOCK_SIZE)
+        except ValueError as err:
+            raise self._error(str(err)) from err
 
     def shape(self) -> tuple[int, ...]:
         """Return the matrix's shape."""
-        shape = self._entry("shape")
-        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-            raise self._error(f"shape is {shortened(shape)}, expected a list of integers")
-        return tuple(shape)
+        shape: tuple[int, ...] = self._typed(tuple[int, ...], "shape")
+        return shape
 
     def offset(self) -> float:
         """Return what is added to scales that were quantized themselves."""
-        offset = self._entry("nested_offset")
-        largest = float(np.finfo(np.float32).max)
-        if not isinstance(offset, int | float) or not -largest <= offset <= largest:
-            raise self._error(f"nested_offset is {shortened(offset)}, expected a number of float32")
-        return float(offset)
+        offset = float(self._typed(float, "nested_offset"))
+        if abs(offset) > float(np.finfo(np.float32).max):
+            raise self._error(f"nested_offset is {offset}, expected a number of float32")
+        return offset
+
+    def _typed(self, kind: Any, name: str) -> Any:
+        try:
+            return typed(kind, self._entry(name), name)
+        except ValueError as err:
+            raise self._error(str(err)) from err
 
     def _entry(self, name: str) -> object:
         if name not in self._raw:

@@ -1,6 +1,5 @@
 """The bundle: a folder of graphs, weights, tokenizer, and the manifest that describes them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.file_records import changed_files, wrong_file
 from gemma_deploy.graph_spec import Lowering, Phase
+from gemma_deploy.json_files import read_json
+from gemma_deploy.limits import MAX_METADATA_BYTES
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
 from gemma_deploy.quantization.choices import CHOICES_FILE, Choice, parse_choices
@@ -120,13 +121,12 @@ class Bundle:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        raise BundleError(f"{path} cannot be read as JSON: {err}") from err
-    if not isinstance(raw, dict):
-        raise BundleError(f"{path} holds {type(raw).__name__}, expected a JSON object")
-    return raw
+    return read_json(
+        path,
+        max_bytes=MAX_METADATA_BYTES,
+        error=BundleError,
+        remedy="copy the bundle again or export it again",
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

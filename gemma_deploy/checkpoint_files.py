@@ -1,7 +1,6 @@
 """Which files make a checkpoint: its licences, and what a path is that is no checkpoint."""
 
 import fnmatch
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +8,8 @@ from typing import Any, Final
 
 from gemma_deploy.config import CONFIG_FILE
 from gemma_deploy.errors import RequestError
+from gemma_deploy.json_files import read_json
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 
 LICENCE_PATTERNS: Final = (
     "licen[cs]e*",
@@ -182,7 +183,6 @@ def _instead(weights: str) -> str:
 def _json(path: Path) -> Mapping[str, Any]:
     """Return a JSON object of a file; empty where it is something else: others report that."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        return read_json(path, max_bytes=MAX_CONFIG_BYTES, error=RequestError, remedy="")
+    except RequestError:
         return {}
-    return raw if isinstance(raw, dict) else {}

@@ -6,7 +6,6 @@ asks for the generation. Field names and defaults follow transformers'
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gemma_deploy.errors import ConfigError
+from gemma_deploy.json_files import read_json
+from gemma_deploy.limits import MAX_CONFIG_BYTES, MAX_LISTED_IDS, MAX_SIZES, MAX_TOKEN_ID
 from gemma_deploy.quoting import shortened
 
 ModelType = Literal["gemma", "gemma2", "gemma3_text"]
@@ -126,6 +127,7 @@ class GemmaConfig:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        _check_bounds(self)
         if not self.layer_types:
             object.__setattr__(self, "layer_types", (FULL_ATTENTION,) * self.num_hidden_layers)
         if self.query_pre_attn_scalar is None:
@@ -186,18 +188,30 @@ def read_config(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / CONFIG_FILE if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
+    if not path.exists():
         raise ConfigError(
             f"{path} not found: expected a folder in Hugging Face layout, with {CONFIG_FILE} "
             "beside the *.safetensors files"
-        ) from err
-    except (OSError, ValueError, RecursionError) as err:
-        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds {type(raw).__name__}, expected a JSON object")
-    return raw
+        )
+    return read_json(
+        path, max_bytes=MAX_CONFIG_BYTES, error=ConfigError, remedy="download it again"
+    )
+
+
+def _check_bounds(config: GemmaConfig) -> None:
+    """Refuse sizes that no model has before anything is made of them."""
+    for name, most in MAX_SIZES.items():
+        value = getattr(config, name)
+        if isinstance(value, int) and value > most:
+            raise ConfigError(
+                f"{name} is {shortened(value)}, expected at most {most:,}, which is far beyond any "
+                "Gemma's: correct config.json"
+            )
+    if len(config.eos_token_ids) > MAX_LISTED_IDS:
+        raise ConfigError(
+            f"eos_token_id lists {len(config.eos_token_ids):,} tokens, expected at most "
+            f"{MAX_LISTED_IDS:,}: correct config.json"
+        )
 
 
 def _check_sizes(config: GemmaConfig) -> None:
@@ -266,5 +280,7 @@ def _check_layers(config: GemmaConfig) -> None:
     for name in ("pad_token_id", "bos_token_id", "eos_token_ids"):
         value = getattr(config, name)
         for token in value if isinstance(value, tuple) else (value,):
-            if token is not None and token < 0:
-                raise ConfigError(f"{name} holds {token}; token ids start at 0")
+            if token is not None and not 0 <= token <= MAX_TOKEN_ID:
+                raise ConfigError(
+                    f"{name} holds {shortened(token)}; token ids start at 0 and end at {MAX_TOKEN_ID:,}"
+                )

@@ -15,7 +15,6 @@ the one that transformers 5 follows:
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
@@ -30,6 +29,8 @@ from gemma_deploy.config import (
     RopeType,
 )
 from gemma_deploy.errors import ConfigError
+from gemma_deploy.json_values import typed, whole
+from gemma_deploy.limits import MAX_LAYERS
 from gemma_deploy.quoting import shortened
 
 # What transformers' config class of each generation has by default, where it is not Gemma 1's.
@@ -197,23 +198,14 @@ def _typed(name: str, value: object) -> object:
     """Return `value` if its JSON type is the field's."""
     if name in _NULLABLE and (value is None or (value == _NO_TOKEN and name.endswith("_id"))):
         return None
-    if name in _BOOLEANS:
-        is_right, expected = isinstance(value, bool), "true or false"
-    elif name in _FLOATS:
-        is_right, expected = _is_number(value), "a finite number"
-    else:
-        is_right = isinstance(value, int) and not isinstance(value, bool)
-        expected = "an integer"
-    if not is_right:
-        raise ConfigError(f"{name} is {shortened(value)}, expected {expected}: correct config.json")
-    return value
+    return _of_kind(bool if name in _BOOLEANS else float if name in _FLOATS else int, value, name)
 
 
-def _is_number(value: object) -> bool:
-    """Tell whether a value is a number that a float can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max
+def _of_kind(kind: type, value: object, name: str) -> Any:
+    try:
+        return typed(kind, value, name)
+    except ValueError as err:
+        raise ConfigError(f"{err}: correct config.json") from err
 
 
 def _activation(raw: Mapping[str, Any], model_type: ModelType) -> str:
@@ -256,6 +248,10 @@ def _layer_types(
     pattern = cast(int, _typed("sliding_window_pattern", pattern))
     if pattern < 1:
         raise ConfigError(f"sliding_window_pattern is {pattern}; it must be positive")
+    try:
+        num_layers = whole(num_layers, "num_hidden_layers", 1, MAX_LAYERS)
+    except ValueError as err:
+        raise ConfigError(f"{err}: correct config.json") from err
     return tuple(
         SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers)
     )
@@ -340,11 +336,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> RopeParameters:
             f"partial_rotary_factor is {shortened(raw['partial_rotary_factor'])}; Gemma rotates whole "
             "heads, and transformers ignores it. Remove it from config.json"
         )
-    for name, value in (("rope_theta", theta), ("factor", factor)):
-        if not _is_number(value):
-            raise ConfigError(
-                f"{name} is {shortened(value)}, expected a finite number: correct config.json"
-            )
+    theta, factor = _of_kind(float, theta, "rope_theta"), _of_kind(float, factor, "factor")
     is_linear = rope_type == "linear"
     return RopeParameters(
         rope_type=rope_type, rope_theta=float(theta), factor=float(factor) if is_linear else 1.0

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.engine_build import EngineBuild, engine_spec, one_of
+from gemma_deploy.engine_build import EngineBuild, engine_spec
 from gemma_deploy.errors import (
     BundleVersionError,
     ConfigError,
@@ -26,6 +26,9 @@ from gemma_deploy.graph_spec import (
     Phase,
 )
 from gemma_deploy.install_hint import install_line
+from gemma_deploy.json_files import read_json
+from gemma_deploy.json_values import typed, whole
+from gemma_deploy.limits import MAX_METADATA_BYTES, MAX_POSITIONS
 from gemma_deploy.tensorrt.library import Flavour
 
 ENGINE_FILE = "engine.json"
@@ -199,15 +202,14 @@ def engines_of_flavour(bundle: Bundle, flavour: Flavour) -> list[EngineFolder]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise EngineError(f"{path.parent} is not an engine: it has no {path.name}") from err
-    except (OSError, ValueError, RecursionError) as err:
-        raise EngineError(f"{path} cannot be read as JSON: {err}") from err
-    if not isinstance(raw, dict):
-        raise EngineError(f"{path} holds {type(raw).__name__}, expected a JSON object")
-    return raw
+    if not path.exists():
+        raise EngineError(f"{path.parent} is not an engine: it has no {path.name}")
+    return read_json(
+        path,
+        max_bytes=MAX_METADATA_BYTES,
+        error=EngineError,
+        remedy="copy the engine again, or build it again",
+    )
 
 
 def _parse(raw: Mapping[str, Any]) -> EngineManifest:
@@ -220,16 +222,18 @@ def _parse(raw: Mapping[str, Any]) -> EngineManifest:
     try:
         manifest = EngineManifest(
             model=GemmaConfig.from_dict(raw["model"]),
-            cache_dtype=cast(DType, one_of(raw["cache_dtype"], DType)),
+            cache_dtype=typed(DType, raw["cache_dtype"], "cache_dtype"),
             build=EngineBuild.from_dict(raw["build"]),
-            plans={phase: Plan(**raw["plans"][phase]) for phase in PHASES},
-            tokenizer=tuple(map(str, raw["tokenizer"])),
-            generation=None if raw["generation"] is None else str(raw["generation"]),
-            model_max_seq_len=int(raw["model_max_seq_len"]),
-            files={path: FileRecord(**record) for path, record in raw["files"].items()},
-            versions=dict(raw["versions"]),
+            plans={phase: typed(Plan, raw["plans"][phase], f"plans.{phase}") for phase in PHASES},
+            tokenizer=typed(tuple[str, ...], raw["tokenizer"], "tokenizer"),
+            generation=typed(str | None, raw["generation"], "generation"),
+            model_max_seq_len=whole(
+                raw["model_max_seq_len"], "model_max_seq_len", 1, MAX_POSITIONS
+            ),
+            files=typed(Mapping[str, FileRecord], raw["files"], "files"),
+            versions=typed(Mapping[str, str], raw["versions"], "versions"),
         )
-    except (LookupError, TypeError, ValueError, AttributeError, ConfigError) as err:
+    except (LookupError, TypeError, ValueError, ConfigError) as err:
         raise EngineError(
             f"{ENGINE_FILE} is damaged ({type(err).__name__}: {err}): build the engine again"
         ) from err

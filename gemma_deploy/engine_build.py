@@ -7,10 +7,12 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.graph_spec import PHASES, DType, GraphSpec, Phase, TensorSpec, graph_spec
+from gemma_deploy.json_values import typed, whole
+from gemma_deploy.limits import MAX_POSITIONS
 from gemma_deploy.tensorrt.library import Flavour
 
 TOP_LOGITS = "top_logits"
@@ -85,23 +87,16 @@ class EngineBuild:
         """Read what `to_dict` gave.
 
         Raises:
-            LookupError: Something is missing.
-            TypeError: Something is of another type, or should not be there.
-            ValueError: A value that is none of those possible.
+            ValueError: Something is missing, of another type, or none of the values possible.
         """
-        build = cls(**dict(raw))
-        for value, names in (
-            (build.flavour, Flavour),
-            (build.layout, Layout),
-            (build.attention, Attention),
-        ):
-            one_of(value, names)
-        return dataclasses.replace(
-            build,
-            targets=tuple(map(str, raw["targets"])),
-            limits=EngineLimits(**raw["limits"]),
-            graphs={phase: str(raw["graphs"][phase]) for phase in PHASES},
-        )
+        build: EngineBuild = typed(cls, raw, "build")
+        for field in dataclasses.fields(EngineLimits):
+            whole(getattr(build.limits, field.name), f"limits.{field.name}", 1, MAX_POSITIONS)
+        if set(build.graphs) != set(PHASES):
+            raise ValueError(
+                f"graphs names {', '.join(build.graphs)}, expected {', '.join(PHASES)}"
+            )
+        return build
 
 
 def engine_spec(
@@ -166,14 +161,3 @@ def build_command(bundle: Path, build: EngineBuild, *, force: bool = False) -> s
     if force:
         options.append("--force")
     return f"gemma-deploy build {shlex.quote(str(bundle))} {' '.join(options)}"
-
-
-def one_of(value: object, names: Any) -> object:
-    """Return a value if it is one of a Literal's.
-
-    Raises:
-        ValueError: It is none of them.
-    """
-    if value not in get_args(names):
-        raise ValueError(f"{value!r} is none of {', '.join(get_args(names))}")
-    return value

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gemma_deploy.errors import BundleError
+from gemma_deploy.quoting import shortened
 from gemma_deploy.safe_paths import safe_path
+
+_MAX_DIGITS: Final = 19  # of 64 bits
 
 
 def check_external_data(folder: Path, graph: Path) -> None:
@@ -28,9 +31,10 @@ def check_external_data(folder: Path, graph: Path) -> None:
         entry = {item.key: item.value for item in tensor.external_data}
         path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
         offset, length = entry.get("offset", "0"), entry.get("length", "0")
-        if not offset.isdecimal() or not length.isdecimal():
+        if not all(x.isdecimal() and len(x) <= _MAX_DIGITS for x in (offset, length)):
             raise BundleError(
-                f"{graph.name}: tensor {tensor.name} has offset {offset!r} and length {length!r}, "
+                f"{graph.name}: tensor {tensor.name} has offset {shortened(offset)} and length "
+                f"{shortened(length)}, "
                 "expected numbers of bytes: the bundle is damaged; export it again"
             )
         end = int(offset) + int(length)

@@ -1,6 +1,7 @@
 """Size and hash of a file, as manifests state them: `FileRecord`."""
 
 import hashlib
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,20 @@ def wrong_file(
     """
     for name, record in files.items():
         path = safe_path(folder, name, manifest)
-        size = path.stat().st_size if path.is_file() else None
+        size = _size_bytes(path)
         if size != record.size_bytes:
             found = "is missing" if size is None else f"has {size:,} bytes"
             return f"{path} {found}, {called} says {record.size_bytes:,} bytes"
     return None
+
+
+def _size_bytes(path: Path) -> int | None:
+    """Return the size of a regular file; None for what is none, or cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:  # it is not there, or its name is longer than names can be
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def changed_files(

@@ -5,15 +5,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, RequestError
 from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import (
-    CACHE_DTYPE_BYTES,
-    DTYPE_BYTES,
     LOWERINGS,
     PHASES,
     GraphSpec,
@@ -24,7 +22,9 @@ from gemma_deploy.graph_spec import (
     graph_spec,
 )
 from gemma_deploy.install_hint import install_line
+from gemma_deploy.json_values import typed, whole
 from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.quoting import shortened
 from gemma_deploy.residual_scaling import ResidualScaling
 
 MANIFEST_FILE = "manifest.json"
@@ -185,28 +185,24 @@ def parse_manifest(raw: Mapping[str, Any], folder: Path) -> Manifest:
 
 
 def _parsed(raw: Mapping[str, Any]) -> Manifest:
-    precision = Precision(**raw["precision"])
-    for kind, dtype in dataclasses.asdict(precision).items():
-        if dtype not in (CACHE_DTYPE_BYTES if kind == "cache" else DTYPE_BYTES):
-            raise BundleError(f"manifest.json: unknown dtype {dtype!r} in precision.{kind}")
+    precision: Precision = typed(Precision, raw["precision"], "precision")
     config = GemmaConfig.from_dict(raw["model"])
     formats, method = _quantization(raw.get("quantization"), config)
     return Manifest(
         config=config,
         precision=precision,
         graphs=_parse_graphs(raw["graphs"]),
-        weights=str(raw["weights"]),
+        weights=typed(str, raw["weights"], "weights"),
         formats=formats,
         method=method,
         scaling=_scaling(raw, config),
-        tokenizer=tuple(map(str, raw["tokenizer"])),
-        generation=None if raw["generation"] is None else str(raw["generation"]),
-        max_seq_len=_max_seq_len(raw["limits"]["max_seq_len"], config),
-        files={
-            path: FileRecord(size_bytes=int(record["size_bytes"]), sha256=record["sha256"])
-            for path, record in raw["files"].items()
-        },
-        versions=dict(raw["versions"]),
+        tokenizer=typed(tuple[str, ...], raw["tokenizer"], "tokenizer"),
+        generation=typed(str | None, raw["generation"], "generation"),
+        max_seq_len=whole(
+            raw["limits"]["max_seq_len"], "max_seq_len", 1, config.max_position_embeddings
+        ),
+        files=typed(Mapping[str, FileRecord], raw["files"], "files"),
+        versions=typed(Mapping[str, str], raw["versions"], "versions"),
     )
 
 
@@ -216,14 +212,13 @@ def _quantization(
     """Return formats and method; bundles made before there were any say nothing."""
     if raw is None:
         return {}, None
-    formats = {name: WeightFormat.parse(text) for name, text in raw["formats"].items()}
+    stated = typed(Mapping[str, str], raw["formats"], "formats")
+    formats = {name: WeightFormat.parse(text) for name, text in stated.items()}
     shapes = expected_tensors(config)
     for name, weight_format in formats.items():
         if not weight_format.is_quantized or len(shapes[name]) != 2:
             raise ValueError(f"{name} in {weight_format}, expected a matrix in a quantized format")
-    if not isinstance(raw["method"], str):
-        raise TypeError(f"method is {raw['method']!r}, expected a name")
-    return formats, raw["method"]
+    return formats, typed(str, raw["method"], "method")
 
 
 def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> ResidualScaling | None:
@@ -240,10 +235,10 @@ def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> ResidualScaling | N
 
 
 def _check_version(version: object, folder: Path) -> None:
-    if not _is_positive_int(version):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise BundleError(
-            f"{folder / MANIFEST_FILE} has format_version {version!r}, expected a whole number from "
-            "1: not a gemma-deploy manifest; export the bundle again"
+            f"{folder / MANIFEST_FILE} has format_version {shortened(version)}, expected a whole "
+            "number from 1: not a gemma-deploy manifest; export the bundle again"
         )
     if version > FORMAT_VERSION:
         raise BundleVersionError(
@@ -255,21 +250,12 @@ def _check_version(version: object, folder: Path) -> None:
 def _parse_graphs(raw: Mapping[str, Any]) -> dict[Lowering, dict[Phase, str]]:
     """Return the paths of the graphs; a lowering is there with all its phases or not at all."""
     return {
-        lowering: {phase: str(raw[graph_name(phase, lowering)]["path"]) for phase in PHASES}
+        lowering: {
+            phase: typed(str, raw[graph_name(phase, lowering)]["path"], "path") for phase in PHASES
+        }
         for lowering in LOWERINGS
         if lowering == "onnxruntime" or any(graph_name(phase, lowering) in raw for phase in PHASES)
     }
-
-
-def _max_seq_len(value: object, config: GemmaConfig) -> int:
-    limit = config.max_position_embeddings
-    if not _is_positive_int(value) or value > limit:
-        raise ValueError(f"max_seq_len is {value!r}, expected a whole number from 1 to {limit}")
-    return value
-
-
-def _is_positive_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _spec_json(spec: GraphSpec) -> dict[str, Any]:

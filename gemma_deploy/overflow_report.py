@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from gemma_deploy.json_values import typed
 from gemma_deploy.residual_scaling import ResidualScaling
 
 OVERFLOW_FILE: Final = "overflow.json"
@@ -129,21 +130,6 @@ class OverflowReport:
         Raises:
             KeyError, TypeError, ValueError: It did not.
         """
-        if raw["source"] not in ("measured", "bounded"):
-            raise ValueError(f"source is {raw['source']!r}; expected measured or bounded")
-        return cls(
-            source=raw["source"],
-            num_tokens=int(raw["num_tokens"]),
-            wanted_headroom=float(raw["wanted_headroom"]),
-            scaling=ResidualScaling.from_dict(raw["scaling"]),
-            peaks=tuple(
-                Peak(
-                    layer=None if x["layer"] is None else int(x["layer"]),
-                    tensor=str(x["tensor"]),
-                    peak=float(x["peak"]),
-                    divisor=float(x["divisor"]),
-                )
-                for x in raw["peaks"]
-            ),
-            weight_losses=tuple(WeightLoss(**x) for x in raw["weight_losses"]),
-        )
+        peaks = [{k: x[k] for k in x if k in Peak.__slots__} for x in raw["peaks"]]
+        report: OverflowReport = typed(cls, {**raw, "peaks": peaks}, "the report")
+        return report

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.json_values import typed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +141,10 @@ class ResidualScaling:
         """Return what `to_dict` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: It did not.
+            ValueError: It did not.
         """
-        return cls(
-            residual=int(raw["residual"]),
-            layers=tuple(LayerScaling(**layer) for layer in raw["layers"]),
-            has_post_norms=bool(raw["has_post_norms"]),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-        )
+        scaling: ResidualScaling = typed(cls, raw, "scaling")
+        return scaling
 
     def _attention_divisor(self, layer: LayerScaling) -> float:
         return float(layer.attention if self.has_post_norms else self.residual)

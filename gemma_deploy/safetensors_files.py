@@ -3,20 +3,25 @@
 The file format: https://github.com/huggingface/safetensors#format
 """
 
-import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.json_files import open_regular, parse_json, read_json
+from gemma_deploy.json_values import typed
+from gemma_deploy.limits import MAX_METADATA_BYTES
+from gemma_deploy.quoting import shortened
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
+_MAX_DIMS: Final = 8
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD: Final = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
-_MAX_HEADER_BYTES: Final = 100_000_000  # the limit of the safetensors library itself
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -64,17 +69,18 @@ def _all_shards(folder: Path, shards: Sequence[re.Match[str]]) -> list[Path]:
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
+    raw = read_json(
+        index, max_bytes=MAX_METADATA_BYTES, error=CheckpointError, remedy="download it again"
+    )
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as err:
+        names = sorted(set(typed(Mapping[str, str], raw.get("weight_map"), "weight_map").values()))
+    except ValueError as err:
         raise CheckpointError(
-            f"{index} cannot be read: {err!r}. Expected JSON with a weight_map of tensor names to "
-            "file names; download it again"
+            f"{index}: {err}. It maps the tensors' names to names of files; download it again"
         ) from err
     for name in names:
         # A shard is a file beside its index; anything else would let an index read foreign files.
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if Path(name).name != name or "\\" in name:
             raise CheckpointError(
                 f"{index} points to {name!r}, which is outside the checkpoint's folder: refused. "
                 "Expected names of files beside the index"
@@ -99,47 +105,66 @@ def read_header(file: Path) -> dict[str, Any]:
         CheckpointError: If the header cannot be read, or the file is shorter than it says.
     """
     try:
-        file_bytes = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size
             header_bytes = int.from_bytes(stream.read(8), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+            if not 2 <= header_bytes <= min(MAX_METADATA_BYTES, file_bytes - 8):
                 raise CheckpointError(
                     f"{file} ({file_bytes} bytes) is not a safetensors file or is cut off in its "
                     f"header (said to be {header_bytes} bytes): download it again"
                 )
-            header = json.loads(stream.read(header_bytes))
-        header.pop("__metadata__", None)
-        _check_contiguous(entry["data_offsets"] for entry in header.values())
-        for entry in header.values():
-            begin, end = entry["data_offsets"]
-            entry["data_offsets"] = (begin + 8 + header_bytes, end + 8 + header_bytes)
-            entry["shape"] = tuple(int(size) for size in entry["shape"])
-            entry["dtype"] = str(entry["dtype"])
-    except (
-        OSError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as err:
+            raw = stream.read(header_bytes)
+    except OSError as err:
         raise CheckpointError(
-            f"{file} has an unreadable safetensors header: {err!r}. Download it again"
+            f"{file} cannot be read: {err.strerror or err}. Download it again"
         ) from err
+    header = parse_json(
+        raw, f"the safetensors header of {file}", error=CheckpointError, remedy="download it again"
+    )
+    header.pop("__metadata__", None)
+    try:
+        entries = typed(Mapping[str, _Entry], header, "the header")
+        _check_contiguous([entry.data_offsets for entry in entries.values()])
+    except ValueError as err:
+        raise CheckpointError(
+            f"{file} has an unreadable safetensors header: {err}. Download it again"
+        ) from err
+    start = 8 + header_bytes
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        header[name] = {
+            "data_offsets": (begin + start, end + start),
+            "shape": entry.shape,
+            "dtype": entry.dtype,
+        }
     expected_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
     if file_bytes < expected_bytes:
         raise CheckpointError(
             f"{file} is truncated: {file_bytes} bytes, expected {expected_bytes} by its header. "
             "Download it again"
         )
-    return dict(header)
+    return header
 
 
-def _check_contiguous(offsets: Iterable[list[int]]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > _MAX_DIMS or any(size < 0 for size in self.shape):
+            raise ValueError(f"shape {shortened(self.shape)}, expected up to {_MAX_DIMS} sizes")
+        if len(self.data_offsets) != 2:
+            raise ValueError(f"data_offsets {shortened(self.data_offsets)}, expected two offsets")
+
+
+def _check_contiguous(offsets: Iterable[tuple[int, ...]]) -> None:
     """Require tensors one after the other, without overlaps and holes, as the format does."""
     end = 0
     for begin, next_end in sorted(offsets):
-        if not (type(begin) is type(next_end) is int and begin == end <= next_end):
+        if not begin == end <= next_end:
             raise ValueError(f"data_offsets [{begin}, {next_end}] where byte {end} comes next")
         end = next_end

@@ -1,9 +1,10 @@
 """Text that people give in files and on stdin, whatever system wrote it."""
 
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.limits import MAX_TEXT_BYTES
 
 BYTE_ORDER_MARK: Final = "\ufeff"
 _UTF_16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
@@ -13,15 +14,31 @@ def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file as `decode_text` does.
 
     Raises:
-        RequestError: It cannot be read, or is not UTF-8.
+        RequestError: It cannot be read, is too large, or is not UTF-8.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:  # a pipe, too
+            raw = read_bounded(file, str(path))
     except OSError as err:
         raise RequestError(
             f"{path} cannot be read: {err.strerror or err}; give a text file in UTF-8"
         ) from err
     return decode_text(raw, str(path))
+
+
+def read_bounded(file: BinaryIO, place: str) -> bytes:
+    """Return all that a file still holds.
+
+    Raises:
+        RequestError: That is more than any text, or has no end.
+    """
+    raw = file.read(MAX_TEXT_BYTES + 1)
+    if len(raw) > MAX_TEXT_BYTES:
+        raise RequestError(
+            f"{place} holds more than {MAX_TEXT_BYTES:,} bytes, the most that is read as a text: give "
+            "a part of it"
+        )
+    return raw
 
 
 def decode_text(raw: bytes, place: str) -> str:

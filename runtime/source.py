@@ -1,6 +1,5 @@
 """Where a model comes from: the folder of a bundle, an engine or a checkpoint, told apart and opened."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
 from gemma_deploy.errors import CheckpointError, RequestError
 from gemma_deploy.hub import is_hub_id
+from gemma_deploy.json_files import read_json
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 from gemma_deploy.manifest import MANIFEST_FILE
 from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.generation_config import GenerationDefaults
@@ -165,10 +166,6 @@ def _explain_missing(path: Path, given: str) -> str:
 def _generation_config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds {type(raw).__name__}, expected a JSON object")
-    return raw
+    return read_json(
+        path, max_bytes=MAX_CONFIG_BYTES, error=CheckpointError, remedy="download it again"
+    )

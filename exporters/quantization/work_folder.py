@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemma_deploy.errors import ExportError
+from gemma_deploy.json_files import read_json
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 
 OnProgress = Callable[[str, int, int], object]
 """(what is being done, done, total)."""
@@ -91,6 +93,8 @@ def _is_foreign(path: Path) -> bool:
 
 def _stated_digest(path: Path) -> object:
     try:
-        return json.loads((path / _KEY_FILE).read_text(encoding="utf-8")).get("sha256")
-    except (OSError, ValueError, AttributeError):
+        return read_json(
+            path / _KEY_FILE, max_bytes=MAX_CONFIG_BYTES, error=ExportError, remedy="remove it"
+        ).get("sha256")
+    except ExportError:
         return None

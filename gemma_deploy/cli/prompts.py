@@ -1,14 +1,14 @@
 """Where `generate` takes its prompts from: arguments, a file, or stdin."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.json_files import parse_json
 from gemma_deploy.quoting import shortened
-from gemma_deploy.text_files import decode_text, plain_text, read_text
+from gemma_deploy.text_files import decode_text, plain_text, read_bounded, read_text
 
 
 def read_prompts(
@@ -88,20 +88,17 @@ def _read_file(name: str) -> list[str]:
 
 
 def _stdin_text() -> str:
-    return decode_text(sys.stdin.buffer.read(), "stdin")
+    return decode_text(read_bounded(sys.stdin.buffer, "stdin"), "stdin")
 
 
 def _prompt_of(line: str, place: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise RequestError(f'{place}: expected a JSON object such as {{"prompt": "..."}}') from err
+    remedy = 'write lines such as {"prompt": "..."}'
+    raw = parse_json(line, place, error=RequestError, remedy=remedy)
+    if "prompt" not in raw:
+        raise RequestError(f"{place} has no prompt; {remedy}")
+    prompt = raw["prompt"]
     if not isinstance(prompt, str):
         raise RequestError(f"{place}: the prompt is {shortened(prompt)}, expected a string")
-    if not _is_unicode(prompt):
-        raise RequestError(
-            f"{place} has half a character (a lone surrogate, \\ud800 to \\udfff): write it whole"
-        )
     return plain_text(prompt)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gemma_deploy.json_values import typed
 from gemma_deploy.quantization.formats import WeightFormat
 
 CHOICES_FILE: Final = "sensitivities.json"
@@ -43,10 +44,10 @@ def parse_choices(raw: dict[str, Any]) -> tuple[Choice, ...]:
     """
     return tuple(
         Choice(
-            name=str(row["name"]),
-            format=WeightFormat.parse(row["format"]),
-            size_bytes=int(row["size_bytes"]),
-            kl_nats=float(row["kl_nats"]),
+            name=typed(str, row["name"], "name"),
+            format=WeightFormat.parse(typed(str, row["format"], "format")),
+            size_bytes=typed(int, row["size_bytes"], "size_bytes"),
+            kl_nats=typed(float, row["kl_nats"], "kl_nats"),
         )
         for row in raw["choices"]
     )

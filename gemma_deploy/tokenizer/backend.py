@@ -7,6 +7,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.limits import MAX_TOKENIZER_BYTES
 from gemma_deploy.quoting import shortened_text
 
 MINIMAL_VOCABULARY: Final = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
@@ -53,8 +54,15 @@ def read_backend(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TokenizerError(_missing(folder))
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise TokenizerError(
+            f"{path} is larger than {MAX_TOKENIZER_BYTES:,} bytes, which no tokenizer needs: it is "
+            "damaged or another file. Download the file again."
+        )
     try:
         backend = Tokenizer.from_file(str(path))
+        backend.no_padding()  # to a length that the file states
+        backend.no_truncation()
         backend.encode("")  # what is missing in a post processor shows only now
     except BaseException as err:
         # The library raises bare Exception, and its panics are not even that.

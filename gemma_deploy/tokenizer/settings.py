@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.json_files import read_bytes, read_json
+from gemma_deploy.limits import MAX_CONFIG_BYTES, MAX_METADATA_BYTES
 from gemma_deploy.quoting import shortened
 
 TOKENIZER_FILES: Final = (
@@ -90,10 +92,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
 
 
-def _read_text(path: Path) -> str:
+def _read_template(path: Path) -> str:
+    raw = read_bytes(
+        path, max_bytes=MAX_CONFIG_BYTES, error=TokenizerError, remedy="download the file again."
+    )
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
+        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as err:
         raise TokenizerError(f"{path} cannot be read: {err}. Expected a UTF-8 text file.") from err
 
 
@@ -101,15 +106,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no file."""
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as err:  # also numbers of too many digits
-        raise TokenizerError(f"{path} is not valid JSON: {err}. Download the file again.") from err
-    if not isinstance(values, dict):
-        raise TokenizerError(
-            f"{path} holds a {type(values).__name__}; expected a JSON object. Download it again."
-        )
-    return values
+    return read_json(
+        path, max_bytes=MAX_METADATA_BYTES, error=TokenizerError, remedy="download the file again."
+    )
 
 
 def _content(value: object, key: str, path: Path) -> str:
@@ -119,19 +118,7 @@ def _content(value: object, key: str, path: Path) -> str:
         raise TokenizerError(
             f'{path}: "{key}" is {shortened(value)}; expected a string, or an object with "content".'
         )
-    return _checked_text(content, key, path)
-
-
-def _checked_text(text: str, key: str, path: Path) -> str:
-    """Return a text if it is valid Unicode: JSON can spell halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        raise TokenizerError(
-            f'{path}: "{key}" holds a lone surrogate, {shortened(text[err.start])}; expected valid '
-            "Unicode. Download the file again."
-        ) from err
-    return text
+    return content
 
 
 def _extra_special_tokens(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
@@ -159,7 +146,7 @@ def _read_chat_template(folder: Path, values: Mapping[str, Any], path: Path) -> 
     """Return the template: its own file first, then the config's, then a processor's."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return _read_text(jinja)
+        return _read_template(jinja)
     template = values.get("chat_template")
     if template is None:
         path = folder / "chat_template.json"
@@ -179,4 +166,4 @@ def _read_chat_template(folder: Path, values: Mapping[str, Any], path: Path) -> 
             f'{path}: "chat_template" is a {type(template).__name__}; expected a string or a list '
             'of {"name": ..., "template": ...}.'
         )
-    return None if template is None else _checked_text(template, "chat_template", path)
+    return template

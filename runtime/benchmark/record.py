@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.errors import RequestError
+from gemma_deploy.json_files import parse_json, read_bytes
+from gemma_deploy.json_values import typed
+from gemma_deploy.limits import MAX_RECORD_BYTES
+from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.benchmark.plan import BenchPlan
 from gemma_deploy.runtime.benchmark.results import (
     LOAD,
@@ -27,6 +31,7 @@ from gemma_deploy.runtime.benchmark.results import (
 )
 
 _FORMAT_VERSION: Final = 1
+_REMEDY: Final = "name another file, or remove this one"
 # Facts of the environment that change from day to day without changing what is measured.
 _PASSING: Final = ("date", "clock", "system", LOAD)
 
@@ -140,19 +145,21 @@ class BenchRecord:
         self._is_begun = True
 
     def _read(self, file: Path) -> None:
-        raw = file.read_bytes()
+        raw = read_bytes(file, max_bytes=MAX_RECORD_BYTES, error=RequestError, remedy=_REMEDY)
         whole, _, rest = raw.rpartition(b"\n")
+        lines = [
+            parse_json(line, f"line {number} of {file}", error=RequestError, remedy=_REMEDY)
+            for number, line in enumerate(whole.splitlines(), 1)
+        ]
         try:
-            head, *lines = [json.loads(line) for line in whole.splitlines()]
-            version, plan = head["format_version"], head["plan"]
-            environment = {str(key): str(value) for key, value in head["environment"].items()}
-        except (ValueError, LookupError, TypeError, AttributeError) as err:
-            raise RequestError(
-                f"{file} is not the record of a benchmark: name another file, or remove this one"
-            ) from err
+            version, plan = lines[0]["format_version"], lines[0]["plan"]
+            environment = typed(Mapping[str, str], lines[0]["environment"], "environment")
+        except (ValueError, LookupError) as err:
+            raise RequestError(f"{file} is not the record of a benchmark: {_REMEDY}") from err
         if version != _FORMAT_VERSION:
             raise RequestError(
-                f"{file} is a record of format {version!r}, expected {_FORMAT_VERSION}: name another file"
+                f"{file} is a record of format {shortened(version)}, expected {_FORMAT_VERSION}: name "
+                "another file"
             )
         self._require_same(file, plan)
         if rest:  # a line that was being written when the process was killed
@@ -160,34 +167,31 @@ class BenchRecord:
                 cut.truncate(len(raw) - len(rest))
         self._environment = environment
         try:
-            for line in lines:
+            for line in lines[1:]:
                 self._take(line)
-        except (LookupError, TypeError) as err:
-            raise RequestError(
-                f"{file} is damaged ({type(err).__name__}: {err}): name another file, or remove this one"
-            ) from err
+        except ValueError as err:
+            raise RequestError(f"{file} is damaged ({err}): {_REMEDY}") from err
 
-    def _require_same(self, file: Path, plan: Mapping[str, Any]) -> None:
+    def _require_same(self, file: Path, plan: object) -> None:
         asked = self._plan.fingerprint()
+        plan = plan if isinstance(plan, dict) else {}
         differing = [name for name in asked if plan.get(name) != asked[name]]
         if differing:
             name = differing[0]
             raise RequestError(
-                f"{file} holds the rounds of another command: its {name} is {plan.get(name)}, this "
+                f"{file} holds the rounds of another command: its {name} is {shortened(plan.get(name))}, this "
                 f"one's {asked[name]}. Name another file, or remove this one to begin anew"
             )
 
     def _take(self, line: Mapping[str, Any]) -> None:
         if "round" in line:
-            times = {
-                name: RoundTimes(ttft_s=x["ttft_s"], step_s=tuple(x["step_s"]))
-                for name, x in line["round"].items()
-            }
-            self._rounds.setdefault(BenchCase(**line["case"]), []).append(times)
+            case: BenchCase = typed(BenchCase, line.get("case"), "case")
+            times = typed(Mapping[str, RoundTimes], line["round"], "round")
+            self._rounds.setdefault(case, []).append(times)
         elif "roofline" in line:
-            self.roofline = Roofline(**line["roofline"])
+            self.roofline = typed(Roofline, line["roofline"], "roofline")
         else:
-            contender = Contender(**line["contender"])
+            contender: Contender = typed(Contender, line.get("contender"), "contender")
             self._contenders[contender.name] = contender
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from gemma_deploy.json_values import typed
+
 OURS = "gemma-deploy"
 """Name of the contender that all others are compared with."""
 LOAD = "load before"
@@ -226,23 +228,7 @@ class BenchReport:
         """Return the report that `to_dict` gave, JSON in between allowed.
 
         Raises:
-            KeyError: A part is missing.
-            TypeError: A part is not what it was.
+            ValueError: A part is missing, or not what it was.
         """
-        return cls(
-            model=raw["model"],
-            contenders=tuple(Contender(**x) for x in raw["contenders"]),
-            measurements=tuple(
-                Measurement(
-                    contender=m["contender"],
-                    case=BenchCase(**m["case"]),
-                    rounds=tuple(
-                        RoundTimes(ttft_s=r["ttft_s"], step_s=tuple(r["step_s"]))
-                        for r in m["rounds"]
-                    ),
-                )
-                for m in raw["measurements"]
-            ),
-            roofline=None if raw["roofline"] is None else Roofline(**raw["roofline"]),
-            environment=raw["environment"],
-        )
+        report: Self = typed(cls, raw, "the report")
+        return report

@@ -226,7 +226,10 @@ def _check_ports(graph: str, side: str, ports: list[Any], specs: tuple[TensorSpe
     Raises:
         BundleError: They differ.
     """
-    found = {port.name: port for port in ports}
+    try:
+        found = {port.name: port for port in ports}
+    except UnicodeDecodeError as err:
+        raise BundleError(f"{graph} has {side} whose names are no text: export it again") from err
     expected = {spec.name: spec for spec in specs}
     if found.keys() != expected.keys():
         raise BundleError(

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from gemma_deploy.errors import ExportError, OutputExistsError, SessionError
 from gemma_deploy.file_records import sha256_of
+from gemma_deploy.json_files import read_json
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 from gemma_deploy.staging import Lock, locked, staged_folder
 
 Loaded = TypeVar("Loaded")
@@ -72,13 +74,13 @@ class PrepackedCache:
         """
         folder = self._folder_of(key)
         try:
-            entry = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
+            entry = _read_record(folder)
             is_whole = (
                 entry["key"] == dict(key)
                 and entry["model_sha256"] == sha256_of(folder / MODEL_FILE)
                 and entry["data"] == _data_record(folder)
             )
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, LookupError, SessionError):
             return None
         if not is_whole:
             return None
@@ -204,6 +206,15 @@ def _write_record(folder: Path, key: Mapping[str, str], source: Path) -> None:
     (folder / ENTRY_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    return read_json(
+        folder / ENTRY_FILE,
+        max_bytes=MAX_CONFIG_BYTES,
+        error=SessionError,
+        remedy="remove it: it is made again",
+    )
+
+
 def _read_entry(folder: Path) -> PrepackedEntry | None:
     """Read what there is to say of an entry; None for a folder that is none."""
     record = folder / ENTRY_FILE
@@ -213,8 +224,8 @@ def _read_entry(folder: Path) -> PrepackedEntry | None:
     except OSError:
         return None
     try:
-        source = str(json.loads(record.read_text(encoding="utf-8"))["source"])
-    except (OSError, ValueError, LookupError, TypeError):
+        source = str(_read_record(folder)["source"])
+    except (LookupError, SessionError):
         source = "damaged"
     return PrepackedEntry(folder=folder, source=source, size_bytes=size_bytes, used_at_s=used_at_s)
 

@@ -211,9 +211,7 @@ def test_no_generation_config_is_an_empty_one(folder: Path) -> None:
 
 def test_a_generation_config_that_is_no_object(folder: Path) -> None:
     (folder / "generation_config.json").write_bytes(b"[" + b" " * 24 + b"]")
-    with pytest.raises(
-        BundleError, match=r"generation_config.json holds list, expected a JSON obj"
-    ):
+    with pytest.raises(BundleError, match=r"generation_config.json holds a list, expected a JSON"):
         Bundle.open(folder).generation_config()
 
 
@@ -311,7 +309,7 @@ def test_other_unlisted_files_are_nobody_s_business(folder: Path) -> None:
         (b'{"format_version": 1', "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),
-        (b"[1]", "holds list, expected a JSON object"),
+        (b"[1]", "holds a list, expected a JSON object"),
         (b'{"format_version": 1}', r"damaged \(KeyError: 'precision'\)"),
     ],
 )
@@ -357,13 +355,15 @@ def test_a_manifest_with_nonsense(folder: Path, where: str, value: object) -> No
 
 def test_only_caches_hold_int8(folder: Path) -> None:
     edit(folder, "precision/activations", "int8")
-    with pytest.raises(BundleError, match=r"unknown dtype 'int8' in precision\.activations"):
+    with pytest.raises(
+        BundleError, match=r"precision\.activations is 'int8', expected one of float32"
+    ):
         Bundle.open(folder)
 
 
 def test_an_unknown_dtype(folder: Path) -> None:
     edit(folder, "precision/cache", "float8")
-    with pytest.raises(BundleError, match="unknown dtype 'float8' in precision"):
+    with pytest.raises(BundleError, match=r"precision\.cache is 'float8', expected one of float32"):
         Bundle.open(folder)
 
 
@@ -388,7 +388,6 @@ def test_graphs_of_another_model(folder: Path, where: str, value: object) -> Non
     ("where", "value"),
     [
         ("weights", "other"),
-        ("weights", ["weights.safetensors"]),
         ("tokenizer", ["other"]),
         ("generation", "../../etc/passwd"),
         ("graphs/decode/path", "/etc/passwd"),

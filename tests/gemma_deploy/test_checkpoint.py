@@ -238,7 +238,7 @@ def test_refuses_a_truncated_file(folder: Path) -> None:
 )
 def test_refuses_a_broken_header(folder: Path, header: bytes) -> None:
     (folder / SAVED).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(CheckpointError, match="unreadable safetensors header"):
+    with pytest.raises(CheckpointError, match="safetensors header"):
         Checkpoint.open(folder)
 
 
@@ -279,7 +279,7 @@ def test_refuses_an_index_of_pickles(sharded: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_refuses_a_broken_index(sharded: Path, content: str) -> None:
     (sharded / INDEX).write_text(content)
-    with pytest.raises(CheckpointError, match=rf"{INDEX} cannot be read"):
+    with pytest.raises(CheckpointError, match=rf"{INDEX}.*download it again"):
         Checkpoint.open(sharded)
 
 

@@ -495,7 +495,7 @@ def test_refuses_what_it_cannot_be(change: dict[str, Any], message: str) -> None
         (None, "config.json not found: expected a folder in Hugging Face layout"),
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
-        ("[1]", "holds list, expected a JSON object"),
+        ("[1]", "holds a list, expected a JSON object"),
     ],
 )
 def test_refuses_files_that_are_no_config(

@@ -47,7 +47,7 @@ def test_every_end_of_text_counts(tmp_path: Path, generation: Any, expected: set
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "cannot be read as JSON"), ("[1]", "holds list, expected")]
+    ("text", "message"), [("{", "cannot be read as JSON"), ("[1]", "holds a list, expected")]
 )
 def test_a_broken_generation_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     write_checkpoint(tmp_path)

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
 from gemma_deploy.errors import EngineError
+from gemma_deploy.json_files import parse_json
+from gemma_deploy.json_values import typed
+from gemma_deploy.limits import MAX_KERNELS_BYTES
 from gemma_deploy.plugins.attention.schedule import SHARED_LIMIT_BYTES, KernelShape
 
 KernelName = Literal["narrow", "wide", "combine"]
@@ -43,6 +46,19 @@ class CompiledKernel:
     shared_bytes: int
     block_m: int
     cubin: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listed:
+    """A kernel as the archive lists it: a `CompiledKernel` with the length of its cubin."""
+
+    name: KernelName
+    capability: int
+    symbol: str
+    num_warps: int
+    shared_bytes: int
+    block_m: int
+    cubin: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +148,12 @@ class KernelArchive:
                 "the engine's attention kernels are damaged: their checksum is wrong. Build the "
                 "engine again"
             )
-        return _unpack(zlib.decompress(payload))
+        try:
+            return _unpack(_decompressed(payload))
+        except (LookupError, TypeError, ValueError, struct.error, zlib.error) as err:
+            raise EngineError(
+                f"the engine's attention kernels are damaged ({err}). Build the engine again"
+            ) from err
 
 
 def dotted(capability: int) -> str:
@@ -156,11 +177,26 @@ def _runs_on(target: int, capability: int) -> bool:
     return target // 10 == capability // 10 and target <= capability
 
 
+def _decompressed(payload: bytes) -> bytes:
+    unpacked = zlib.decompressobj()
+    contents = unpacked.decompress(payload, MAX_KERNELS_BYTES)
+    if not unpacked.eof:
+        raise ValueError(
+            f"unpacked they are cut off, or take more than {MAX_KERNELS_BYTES:,} bytes"
+        )
+    return contents
+
+
 def _unpack(contents: bytes) -> KernelArchive:
     (index_bytes,) = _LENGTH.unpack_from(contents)
-    index = json.loads(contents[_LENGTH.size : _LENGTH.size + index_bytes])
+    index = parse_json(
+        contents[_LENGTH.size : _LENGTH.size + index_bytes],
+        "the list of the engine's attention kernels",
+        error=EngineError,
+        remedy="build the engine again",
+    )
     return KernelArchive(
-        shape=KernelShape(**index["shape"]),
+        shape=typed(KernelShape, index["shape"], "shape"),
         kernels=_kernels(index["kernels"], contents[_LENGTH.size + index_bytes :]),
     )
 
@@ -168,8 +204,8 @@ def _unpack(contents: bytes) -> KernelArchive:
 def _kernels(records: Sequence[dict[str, object]], images: bytes) -> tuple[CompiledKernel, ...]:
     kernels, offset = [], 0
     for record in records:
-        size = int(str(record["cubin"]))
-        cubin = images[offset : offset + size]
-        kernels.append(CompiledKernel(**{**record, "cubin": cubin}))  # type: ignore[arg-type]  # as to_bytes wrote them
-        offset += size
+        listed: _Listed = typed(_Listed, record, "a kernel")
+        cubin = images[offset : offset + listed.cubin]
+        kernels.append(CompiledKernel(**{**asdict(listed), "cubin": cubin}))
+        offset += listed.cubin
     return tuple(kernels)

@@ -54,12 +54,15 @@ class TestFile:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("just text", 'line 2: expected a JSON object such as {"prompt": "..."}'),
-            ("[1]", 'line 2: expected a JSON object such as {"prompt": "..."}'),
-            ('{"text": "a"}', 'line 2: expected a JSON object such as {"prompt": "..."}'),
+            ("just text", "line 2 cannot be read as JSON: Expecting value"),
+            ("[1]", "line 2 holds a list, expected a JSON object; write lines such as"),
+            ('{"text": "a"}', 'line 2 has no prompt; write lines such as {"prompt": "..."}'),
             ('{"prompt": 3}', "line 2: the prompt is 3, expected a string"),
-            ('{"prompt": "\\ud800"}', "line 2 has half a character"),
-            ("[" * 100_000, 'line 2: expected a JSON object such as {"prompt": "..."}'),
+            (
+                '{"prompt": "\\ud800"}',
+                "line 2 cannot be read as JSON: a string holds half a character",
+            ),
+            ("[" * 100_000, "line 2 cannot be read as JSON: objects and lists are nested deeper"),
         ],
     )
     def test_json_lines_that_are_not(self, tmp_path: Path, line: str, message: str) -> None:

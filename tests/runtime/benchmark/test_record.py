@@ -130,7 +130,10 @@ def test_the_rounds_of_another_command_are_refused(plan: BenchPlan, file: Path) 
 )
 def test_other_files_are_refused_and_left_alone(content: str, plan: BenchPlan, file: Path) -> None:
     file.write_text(content)
-    with pytest.raises(RequestError, match="is not the record of a benchmark: name another file"):
+    with pytest.raises(
+        RequestError,
+        match=r"(is not the record of a benchmark: |cannot be read as JSON: .*|holds a list, .*)name another file",
+    ):
         BenchRecord(plan, ENVIRONMENT, file)
     assert file.read_text() == content
 
