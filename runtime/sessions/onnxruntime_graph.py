@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import BundleError, SessionError
-from gemma_deploy.external_data import check_external_data
 from gemma_deploy.file_records import FileRecord
+from gemma_deploy.graph_checks import check_graph
 from gemma_deploy.graph_spec import (
     INPUT_IDS,
     INPUT_POS,
@@ -69,7 +69,7 @@ class GraphSource:
             BundleError: The bundle has no such graph, or it points outside its files.
         """
         path = bundle.graph_path(phase, lowering)
-        check_external_data(bundle.folder, path)
+        check_graph(bundle.folder, path, bundle.manifest.weights)
         return cls(
             path=path,
             spec=bundle.manifest.spec(phase, lowering),
