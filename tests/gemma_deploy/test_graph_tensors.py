@@ -1,6 +1,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def external(*, dims: tuple[int, ...] = (2,), dtype: int = 1, **entries: str) -> onnx.TensorProto:
+def external(*, dims: tuple[int, ...] = (2,), dtype: int = 1, **entries: Any) -> onnx.TensorProto:
     tensor = onnx.TensorProto(
         name="w", data_type=dtype, dims=dims, data_location=onnx.TensorProto.EXTERNAL
     )
@@ -82,7 +83,7 @@ def check(folder: Path, tensor: onnx.TensorProto, place: Place = in_an_initializ
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("entries", [{"offset": "192", "length": "8"}, {"offset": "192"}, {}])
-def test_external_data_within_its_file(folder: Path, place: Place, entries: dict[str, str]) -> None:
+def test_external_data_within_its_file(folder: Path, place: Place, entries: dict[str, Any]) -> None:
     check(folder, external(location=WEIGHTS, **entries), place)
 
 
@@ -116,7 +117,7 @@ def test_external_data_without_location(folder: Path) -> None:
     ],
 )
 def test_external_data_that_is_not_all_there(
-    folder: Path, entries: dict[str, str], message: str
+    folder: Path, entries: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BundleError, match=message):
         check(folder, external(location=WEIGHTS, **entries))
@@ -126,9 +127,9 @@ def test_external_data_that_is_not_all_there(
 @pytest.mark.parametrize("key", ["prepacked_0", "prepacked_17", "basepath", "Location"])
 def test_what_else_external_data_says(folder: Path, place: Place, key: str) -> None:
     """ONNX Runtime runs what `prepacked_0` points at as the weight's packed form, unchecked."""
-    blobs = "MatMul|64;8;0"
+    entries: dict[str, Any] = {key: "MatMul|64;8;0"}
     with pytest.raises(BundleError, match=f"data of tensor 'w' says '{key}': gemma-deploy has not"):
-        check(folder, external(location=WEIGHTS, **{key: blobs}), place)
+        check(folder, external(location=WEIGHTS, **entries), place)
 
 
 @pytest.mark.parametrize("key", ["location", "offset", "length"])

@@ -464,7 +464,7 @@ def test_everything_is_on_the_disk_before_the_old_folder_goes(
     is_exchanged: bool,
 ) -> None:
     rename, fsync, rmtree = os.rename, os.fsync, shutil.rmtree
-    exchange = staging.exchange_folders
+    exchange = folder_exchange.exchange_folders
     events: list[str] = []
 
     def record_rename(source: Path, target: Path) -> None:
