@@ -150,6 +150,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             choices=weights.choices,
         )
         write_bundle(plan, folder, on_progress)
+        source.check_unchanged("it was being exported")
     return Bundle.open(output if output.name else place)
 
 

@@ -108,6 +108,7 @@ class GraphChoice:
             path=source.path,
             spec=graph_spec(bundle.config, phase, "float32"),
             model=_reference_model(source, self.attention),
+            data=source.data,
         )
 
 
