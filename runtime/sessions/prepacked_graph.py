@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from gemma_deploy.errors import BundleError, SessionError
+from gemma_deploy.errors import BundleError, SessionError, warn
 from gemma_deploy.file_identity import HeldFile, Snapshot
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import INPUT_IDS, LOGITS, LOGITS_INDEX, GraphSpec
@@ -45,7 +45,8 @@ def load_prepacked(
     """Load a graph on the CPU, its packed weights mapped from a cache instead of held in memory.
 
     The first time, the graph is loaded as usual, its packed weights are written, and the logits of a
-    probe must be the same bit for bit. Whatever fails is logged as a warning, never raised.
+    probe must be the same bit for bit. Whatever fails is logged as a warning, never raised; a folder
+    that other users can change is a `GemmaDeployWarning`.
 
     ONNX Runtime packs at every load all the same, one tensor at a time, and takes the file's copy only
     where its hash is that of what it packed: a file of another processor is slow, not wrong.
@@ -66,6 +67,13 @@ def load_prepacked(
         BundleError: The bundle was replaced meanwhile: nothing was kept.
     """
     key = _key(graph, weights)
+    access = cache.others_access(key)
+    if access is not None:
+        warn(
+            f"{graph} is loaded without prepacked weights: {access}, and what is in the cache is run as "
+            "it is. Choose a folder of your own, in folders that only you or root may write"
+        )
+        return None
     found = cache.find(key)
     if found is not None:
         try:

@@ -414,6 +414,20 @@ def test_a_head_size_that_onnx_runtime_does_not_take(checkpoint: Path, tmp_path:
     assert _names(tmp_path) == ["source"]
 
 
+def test_a_checkpoint_replaced_while_it_is_exported(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        os.utime(checkpoint / "model.safetensors")
+
+    monkeypatch.setattr("gemma_deploy.exporters.export.write_bundle", write)
+    with pytest.raises(
+        CheckpointError, match="safetensors was replaced or changed while it was being"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_graph_that_could_not_be_loaded_is_not_written(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
