@@ -65,7 +65,7 @@ class Bundle:
         unlisted = unlisted_file(folder, manifest.files)
         if unlisted is not None:
             raise BundleError(
-                f"{unlisted} is a tokenizer or generation file that {MANIFEST_FILE} does not list: it "
+                f"{unlisted} that {MANIFEST_FILE} does not list: it "
                 "was not part of the export; remove it, or export the bundle again with it in the "
                 "checkpoint"
             )
@@ -179,8 +179,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return _json_object(path)
 
 
-def unlisted_file(folder: Path, listed: Container[str]) -> Path | None:
-    """Return a file that would decide what is generated though no size or hash covers it, or None.
+def unlisted_file(folder: Path, listed: Container[str]) -> str | None:
+    """Name a file that would decide what is generated though no size or hash covers it, or None.
 
     Args:
         folder: A bundle or an engine.
@@ -188,8 +188,13 @@ def unlisted_file(folder: Path, listed: Container[str]) -> Path | None:
     """
     from gemma_deploy.tokenizer import GemmaTokenizer
 
-    found = [*GemmaTokenizer.files(folder), folder / GENERATION_FILE]
-    return next((x for x in found if x.name not in listed and os.path.lexists(x)), None)
+    for path in GemmaTokenizer.files(folder):
+        if path.name not in listed:
+            return f"{path} is a tokenizer file"
+    generation = folder / GENERATION_FILE
+    if GENERATION_FILE not in listed and os.path.lexists(generation):
+        return f"{generation} is a generation file"
+    return None
 
 
 def _referenced(manifest: Manifest) -> list[str]:

@@ -144,7 +144,7 @@ class EngineFolder:
         unlisted = unlisted_file(folder, manifest.files)
         if unlisted is not None:
             raise EngineError(
-                f"{unlisted} is a tokenizer or generation file that {ENGINE_FILE} does not list: it was "
+                f"{unlisted} that {ENGINE_FILE} does not list: it was "
                 "not packed with the engine; remove it, or pack the engine again from a bundle with it"
             )
         snapshot = first.joined(Snapshot.of(folder, manifest.files))

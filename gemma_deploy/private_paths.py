@@ -19,7 +19,7 @@ def others_access(path: Path) -> str | None:
         return None
     try:
         found = path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as err:
         return f"{path} cannot be looked at: {err.strerror}"

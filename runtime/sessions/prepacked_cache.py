@@ -127,8 +127,9 @@ class PrepackedCache:
                 behind.
         """
         try:
-            for parent in reversed(self.folder.parents):  # nobody else's, whatever the umask allows
-                parent.mkdir(mode=0o755, exist_ok=True)
+            for parent in reversed(self.folder.parents):
+                if not parent.exists():  # nobody else may write there, whatever the umask allows
+                    parent.mkdir(mode=0o755, exist_ok=True)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             with locked(self.folder.resolve()) as lock:  # a link cannot be locked
                 if lock is Lock.IMPOSSIBLE:

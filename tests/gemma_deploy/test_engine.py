@@ -71,7 +71,7 @@ def test_what_decides_the_text_is_listed(folder: Path, name: str) -> None:
     raw["generation"] = None
     (folder / ENGINE_FILE).write_text(json.dumps(raw))
     (folder / name).touch()
-    message = f"{name} is a tokenizer or generation file that engine.json does not list"
+    message = f"{name} is a (tokenizer|generation) file that engine.json does not list"
     with pytest.raises(EngineError, match=message):
         EngineFolder.open(folder)
 
