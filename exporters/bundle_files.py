@@ -14,10 +14,12 @@ from torch import Tensor
 from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
+from gemma_deploy.errors import BundleError, ExportError
 from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.tracing import trace_model
 from gemma_deploy.exporters.weights import StoredTensor, write_weights
 from gemma_deploy.file_records import FileRecord, record_file
+from gemma_deploy.graph_checks import check_graph
 from gemma_deploy.graph_spec import PHASES, DType, Lowering, Phase, Precision, graph_name
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
@@ -130,8 +132,24 @@ def _write_graphs(
                 traced[dtype] = trace_model(config, phase, dtype, plan.scaling)
             name = f"{graph_name(phase, lowering)}.onnx"
             write_graph(traced[dtype], lowering, precision, config, weights, folder / name)
+            _check_written(folder / name)
             files[lowering][phase] = name
     return files
+
+
+def _check_written(graph: Path) -> None:
+    """Refuse to write what could not be loaded: another torch may trace other operators.
+
+    Raises:
+        ExportError: The graph holds what `check_graph` does not know.
+    """
+    try:
+        check_graph(graph.parent, graph, WEIGHTS_FILE)
+    except BundleError as err:
+        raise ExportError(
+            f"torch {metadata.version('torch')} made a graph that gemma-deploy does not know "
+            f"({err}): install the version of torch that it is tested with (README)"
+        ) from err
 
 
 def _write_manifest(

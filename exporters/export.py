@@ -1,5 +1,6 @@
 """Checkpoint folder to bundle folder: `export_checkpoint`."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -98,7 +99,10 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             "one of them"
         )
     lowerings = choose_lowerings(graphs, precision, formats)
-    with staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder:
+    with (
+        contextlib.ExitStack() as held,
+        staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder,
+    ):
         overflow = preflight(
             source,
             tokenizer,
@@ -127,6 +131,8 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
                 folder=place.with_name(f"{place.name}.calibration"),
                 on_progress=on_progress,
             )
+        if weights.work is not None:
+            held.enter_context(weights.work)  # removed when the bundle is there
         scales = {}
         if precision.cache == "int8":
             rows = preflight_rows(source, tokenizer, calibration_text)
@@ -144,8 +150,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             choices=weights.choices,
         )
         write_bundle(plan, folder, on_progress)
-    if weights.work is not None:
-        weights.work.remove()
+        source.check_unchanged("it was being exported")
     return Bundle.open(output if output.name else place)
 
 

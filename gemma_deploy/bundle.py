@@ -1,12 +1,14 @@
 """The bundle: a folder of graphs, weights, tokenizer, and the manifest that describes them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, RequestError
+from gemma_deploy.file_identity import Snapshot
 from gemma_deploy.file_records import changed_files, wrong_file
 from gemma_deploy.graph_spec import Lowering, Phase
 from gemma_deploy.json_files import read_json
@@ -23,10 +25,17 @@ GENERATION_FILE = "generation_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A bundle on disk, its manifest read and its file sizes checked."""
+    """A bundle on disk, its manifest read and its file sizes checked.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it says of itself.
+        snapshot: What its files were when it was opened.
+    """
 
     folder: Path
     manifest: Manifest
+    snapshot: Snapshot = field(default_factory=Snapshot, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Bundle":
@@ -37,10 +46,11 @@ class Bundle:
         Raises:
             RequestError: There is no bundle at `folder`.
             BundleError: A broken manifest, a missing file or one of another size, or a
-                tokenizer file that the manifest does not list.
+                tokenizer or generation file that the manifest does not list.
             BundleVersionError: A format this version does not know.
             UnsafePathError: A path that leaves the folder.
         """
+        first = Snapshot.of(folder, [MANIFEST_FILE])
         manifest = parse_manifest(_read_manifest(folder), folder)
         wrong = wrong_file(folder, manifest.files, MANIFEST_FILE, called="the manifest")
         if wrong is not None:
@@ -53,8 +63,26 @@ class Bundle:
                     f"{folder / MANIFEST_FILE} refers to {name!r}, which is not among its files: "
                     "export the bundle again"
                 )
-        _refuse_unlisted_tokenizer_files(folder, manifest)
-        return cls(folder=folder, manifest=manifest)
+        unlisted = unlisted_file(folder, manifest.files)
+        if unlisted is not None:
+            raise BundleError(
+                f"{unlisted} that {MANIFEST_FILE} does not list: it "
+                "was not part of the export; remove it, or export the bundle again with it in the "
+                "checkpoint"
+            )
+        snapshot = first.joined(Snapshot.of(folder, manifest.files))
+        return cls(folder=folder, manifest=manifest, snapshot=snapshot)
+
+    def check_unchanged(self, doing: str = "the bundle was being loaded") -> None:
+        """Make sure that all that was read since `open` was read of one bundle.
+
+        Args:
+            doing: What it was read for, for the message.
+
+        Raises:
+            BundleError: The folder or one of its files was replaced or changed.
+        """
+        self.snapshot.check(BundleError, doing)
 
     @property
     def config(self) -> GemmaConfig:
@@ -151,16 +179,22 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return _json_object(path)
 
 
-def _refuse_unlisted_tokenizer_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse what the tokenizer would read though no size, hash or path check covers it."""
+def unlisted_file(folder: Path, listed: Container[str]) -> str | None:
+    """Name a file that would decide what is generated though no size or hash covers it, or None.
+
+    Args:
+        folder: A bundle or an engine.
+        listed: Names of the files that its manifest knows.
+    """
     from gemma_deploy.tokenizer import GemmaTokenizer
 
     for path in GemmaTokenizer.files(folder):
-        if path.name not in manifest.files:
-            raise BundleError(
-                f"{path} is a tokenizer file that {MANIFEST_FILE} does not list: it was not part of "
-                "the export; remove it, or export the bundle again with it in the checkpoint"
-            )
+        if path.name not in listed:
+            return f"{path} is a tokenizer file"
+    generation = folder / GENERATION_FILE
+    if GENERATION_FILE not in listed and os.path.lexists(generation):
+        return f"{generation} is a generation file"
+    return None
 
 
 def _referenced(manifest: Manifest) -> list[str]:

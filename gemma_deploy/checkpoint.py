@@ -8,7 +8,7 @@ file format: https://github.com/huggingface/safetensors#format
 import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -16,11 +16,12 @@ from typing import Any, Final
 import numpy as np
 
 from gemma_deploy.bitsandbytes_nf4 import Nf4Matrix
-from gemma_deploy.checkpoint_files import ADAPTER_FILE
+from gemma_deploy.checkpoint_files import ADAPTER_FILE, checkpoint_snapshot
 from gemma_deploy.checkpoint_matching import match_tensors, read_stored_tensors
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT, listed_names
 from gemma_deploy.config import GemmaConfig, read_config
 from gemma_deploy.errors import CheckpointError, ConfigError, warn
+from gemma_deploy.file_identity import Snapshot
 from gemma_deploy.graph_spec import DType
 from gemma_deploy.quoting import shortened
 from gemma_deploy.stored_tensor import Floats, StoredTensor, widened
@@ -54,6 +55,7 @@ class Checkpoint:
         nf4: Those that bitsandbytes quantized to NF4. They are read like any others, as what the
             codes stand for: in `tensors` dtype, shape and sizes are those of that float32 matrix.
         unused: What was left out: stored names by what they are.
+        snapshot: What its files were when it was opened.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     nf4: Mapping[str, Nf4Matrix]
     unused: Mapping[str, tuple[str, ...]]
+    snapshot: Snapshot = field(default_factory=Snapshot, repr=False, compare=False)
 
     @property
     def nf4_block_sizes(self) -> Mapping[str, int]:
@@ -90,6 +93,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         _refuse_adapter(folder)
+        snapshot = checkpoint_snapshot(folder)
         raw = read_config(folder)
         config = GemmaConfig.from_dict(raw)
         found, wrappers = read_stored_tensors(folder)
@@ -107,9 +111,21 @@ class Checkpoint:
             tensors=MappingProxyType(matched.tensors),
             nf4=MappingProxyType(matched.nf4),
             unused=MappingProxyType(matched.unused),
+            snapshot=snapshot,
         )
         has_second_head = config.tie_word_embeddings and HEAD_WEIGHT in matched.tensors
         return _with_its_head(checkpoint) if has_second_head else checkpoint
+
+    def check_unchanged(self, doing: str) -> None:
+        """Make sure that all that was read since `open` was read of one checkpoint.
+
+        Args:
+            doing: What it was read for, for the message.
+
+        Raises:
+            CheckpointError: The folder or one of its files was replaced or changed.
+        """
+        self.snapshot.check(CheckpointError, doing)
 
     def require_text_generator(self) -> None:
         """Refuse a checkpoint that was saved from a class that generates no text.

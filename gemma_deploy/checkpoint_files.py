@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from gemma_deploy.config import CONFIG_FILE
 from gemma_deploy.errors import RequestError
+from gemma_deploy.file_identity import Snapshot
 from gemma_deploy.json_files import read_json
 from gemma_deploy.limits import MAX_CONFIG_BYTES
 
@@ -51,6 +52,15 @@ _NESTED: Final = (f"*/{CONFIG_FILE}", f"snapshots/*/{CONFIG_FILE}")
 def is_licence(name: str) -> bool:
     """Tell whether a file of this name (no folder) states a licence or terms of use."""
     return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in LICENCE_PATTERNS)
+
+
+def checkpoint_snapshot(folder: Path) -> Snapshot:
+    """Return what the files are that a model is made of: config, weights, tokenizer, generation."""
+    from gemma_deploy.tokenizer import GemmaTokenizer
+
+    names = {CONFIG_FILE, "generation_config.json", "model.safetensors.index.json"}
+    names |= {path.name for path in folder.glob("*.safetensors")}
+    return Snapshot.of(folder, names | {path.name for path in GemmaTokenizer.files(folder)})
 
 
 def explain_folder(path: Path) -> str | None:

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.bundle import Bundle
+from gemma_deploy.bundle import Bundle, unlisted_file
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine_build import EngineBuild, engine_spec
 from gemma_deploy.errors import (
@@ -18,6 +18,7 @@ from gemma_deploy.errors import (
     GemmaDeployError,
     UnsafePathError,
 )
+from gemma_deploy.file_identity import Snapshot
 from gemma_deploy.file_records import FileRecord, changed_files, wrong_file
 from gemma_deploy.graph_spec import (
     PHASES,
@@ -104,10 +105,17 @@ class EngineManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFolder:
-    """An engine on disk, its manifest read and its file sizes checked."""
+    """An engine on disk, its manifest read and its file sizes checked.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it says of itself.
+        snapshot: What its files were when it was opened.
+    """
 
     folder: Path
     manifest: EngineManifest
+    snapshot: Snapshot = field(default_factory=Snapshot, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> "EngineFolder":
@@ -116,10 +124,12 @@ class EngineFolder:
         Hashes are not computed here (see `changed_files`).
 
         Raises:
-            EngineError: No manifest, a broken one, or files that are missing or of another size.
+            EngineError: No manifest, a broken one, files that are missing or of another size, or a
+                tokenizer or generation file that the manifest does not list.
             BundleVersionError: A format this version does not know.
             UnsafePathError: A path that leaves the folder.
         """
+        first = Snapshot.of(folder, [ENGINE_FILE])
         manifest = _parse(_read(folder / ENGINE_FILE))
         wrong = wrong_file(folder, manifest.files, ENGINE_FILE, called=ENGINE_FILE)
         if wrong is not None:
@@ -134,7 +144,22 @@ class EngineFolder:
                     f"{folder / ENGINE_FILE} refers to {name!r}, which is not among its files: "
                     "build the engine again"
                 )
-        return cls(folder=folder, manifest=manifest)
+        unlisted = unlisted_file(folder, manifest.files)
+        if unlisted is not None:
+            raise EngineError(
+                f"{unlisted} that {ENGINE_FILE} does not list: it was "
+                "not packed with the engine; remove it, or pack the engine again from a bundle with it"
+            )
+        snapshot = first.joined(Snapshot.of(folder, manifest.files))
+        return cls(folder=folder, manifest=manifest, snapshot=snapshot)
+
+    def check_unchanged(self) -> None:
+        """Make sure that all that was read since `open` was read of one engine.
+
+        Raises:
+            EngineError: The folder or one of its files was replaced or changed.
+        """
+        self.snapshot.check(EngineError, "the engine was being loaded")
 
     def plan_path(self, phase: Phase) -> Path:
         """Return the path of a phase's plan."""

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_deploy.errors import ExportError, OutputExistsError
+from gemma_deploy.folder_exchange import exchange_folders
 
 if sys.platform != "win32":
     import fcntl
 
 _RETIRED = ".old"
-_TRASH = ".trash"
 # These are always about writing, whatever file they name.
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -33,11 +33,15 @@ def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Pa
     """Give a fresh folder to write into; it becomes `output` when the block ends without an error.
 
     Whatever happens inside the block (an exception, a full disk, Ctrl-C), `output` is either the
-    complete new folder or exactly what it was. A killed process can leave only hidden
+    complete new folder or exactly what it was, and nothing else is left. Where the system can exchange
+    two folders in one step (Linux and macOS, on local disks), one of the two is there at every moment,
+    even if the process is killed. Elsewhere two renames do it.
+
+    A killed process, or a second Ctrl-C while the first is cleaned up after, can leave hidden
     `.NAME.partial-*` folders beside it; the next call removes them, and puts the old folder back if
-    the process died while exchanging the two. A lock on the partial folder tells a running process
-    from a dead one, in whichever container it runs; where folders cannot be locked (Windows, NFS),
-    nothing is removed.
+    the process died between the two renames. A lock on the partial folder tells a running process from
+    a dead one, in whichever container it runs; where folders cannot be locked (Windows, NFS), nothing
+    is removed.
 
     Args:
         output: The folder to create; its parent must exist or be creatable.
@@ -51,11 +55,12 @@ def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Pa
     """
     output = output.absolute()
     try:
-        with contextlib.ExitStack() as undo:
+        # What Ctrl-C keeps the inner one from removing, the outer one removes.
+        with contextlib.ExitStack() as again, contextlib.ExitStack() as undo:
             _make_parents(output.parent, undo)
             _clean_up_after_the_dead(output)
             check_replaceable(output, force=force, replaceable=replaceable)
-            staging = _make_staging(output, undo)
+            staging = _make_staging(output, undo, again)
             yield staging
             _flush(staging)
             # Someone else may have written there while the block ran.
@@ -178,14 +183,15 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _make_staging(output: Path, undo: contextlib.ExitStack) -> Path:
-    """Create the folder to write into and hold its lock; `undo` releases and removes it."""
+def _make_staging(output: Path, undo: contextlib.ExitStack, again: contextlib.ExitStack) -> Path:
+    """Create the folder to write into and hold its lock; `undo` releases it, both remove it."""
     while True:
         # The process id is for people who wonder whose it is; it means nothing in other containers.
         name = f"{_partial_prefix(output)}{os.getpid()}-{secrets.token_hex(8)}"
         staging = output.with_name(name)
+        again.callback(_remove, staging)
+        undo.callback(_remove, staging)
         staging.mkdir()
-        undo.callback(shutil.rmtree, staging, ignore_errors=True)
         undo.enter_context(locked(staging, wait=True))
         # Another process that cleans up may have seen it before it was locked.
         if staging.exists():
@@ -204,8 +210,9 @@ def _lock(handle: int, operation: int) -> Lock:
 
 def _clean_up_after_the_dead(output: Path) -> None:
     """Remove the partial folders of processes that are gone; put back what they had set aside."""
-    endings = f"({re.escape(_RETIRED)}|{re.escape(_TRASH)})?"
-    pattern = re.compile(rf"{re.escape(_partial_prefix(output))}\d+-[0-9a-f]+{endings}")
+    pattern = re.compile(
+        rf"{re.escape(_partial_prefix(output))}\d+-[0-9a-f]+({re.escape(_RETIRED)})?"
+    )
     for folder in output.parent.iterdir():
         if not pattern.fullmatch(folder.name):
             continue
@@ -214,15 +221,16 @@ def _clean_up_after_the_dead(output: Path) -> None:
                 continue
             if folder.suffix == _RETIRED and not os.path.lexists(output):
                 folder.rename(output)
+            elif folder.suffix == _RETIRED:
+                # Half of it must never be put back.
+                _remove(folder.rename(folder.with_suffix("")))
             else:
-                _discard(folder)
+                _remove(folder)
 
 
-def _discard(folder: Path) -> None:
-    """Remove a folder; a retired one under another name: half of it must never be put back."""
-    if folder.suffix == _RETIRED:
-        folder = folder.rename(folder.with_suffix(_TRASH))
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # what an interrupted one says
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
@@ -245,22 +253,33 @@ def _sync(path: Path) -> None:
 
 
 def _publish(staging: Path, output: Path) -> None:
-    """Rename the finished folder into place, the old one kept until that is on the disk."""
+    """Put the finished folder in its place, durably; what was there is at `staging` then."""
     retired = staging.with_name(f"{staging.name}{_RETIRED}")
     made = staging.stat()
-    # The lock moves with the folder: nobody puts it back while it is set aside.
+    # The lock moves with the folder: nobody removes it, or puts it back, before that is on the disk.
     with locked(output):
         try:
-            if output.exists():
+            if not output.exists():
+                staging.rename(output)
+            elif not exchange_folders(staging, output):
                 output.rename(retired)
-            staging.rename(output)
+                staging.rename(output)
             _sync(output.parent)
+            if retired.exists():
+                retired.rename(staging)
         except BaseException:
             # Ctrl-C, too, can come between any two steps.
-            if output.exists() and os.path.samestat(output.stat(), made):
-                output.rename(staging)
-            if retired.exists():
-                retired.rename(output)
+            _put_back(staging, output, retired, made)
             raise
-        with contextlib.suppress(OSError):
-            _discard(retired)
+
+
+def _put_back(staging: Path, output: Path, retired: Path, made: os.stat_result) -> None:
+    """Undo what `_publish` has done so far."""
+    if output.exists() and os.path.samestat(output.stat(), made):
+        if staging.exists() and exchange_folders(staging, output):
+            return
+        if staging.exists():
+            staging.rename(retired)
+        output.rename(staging)
+    if retired.exists():
+        retired.rename(output)

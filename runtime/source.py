@@ -1,17 +1,18 @@
 """Where a model comes from: the folder of a bundle, an engine or a checkpoint, told apart and opened."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.bundle import GENERATION_FILE, Bundle
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.checkpoint_files import explain_folder
+from gemma_deploy.checkpoint_files import checkpoint_snapshot, explain_folder
 from gemma_deploy.config import CONFIG_FILE, GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder
 from gemma_deploy.engine_fit import is_packed
-from gemma_deploy.errors import CheckpointError, RequestError
+from gemma_deploy.errors import BundleError, CheckpointError, EngineError, RequestError
+from gemma_deploy.file_identity import Snapshot
 from gemma_deploy.hub import is_hub_id
 from gemma_deploy.json_files import read_json
 from gemma_deploy.limits import MAX_CONFIG_BYTES
@@ -36,6 +37,7 @@ class ModelSource:
         config: The model.
         generation_config: Contents of generation_config.json; empty without one.
         max_seq_len: Longest sequence the model is made for, in tokens.
+        snapshot: What its files were when it was opened.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class ModelSource:
     config: GemmaConfig
     generation_config: Mapping[str, Any]
     max_seq_len: int
+    snapshot: Snapshot = field(default_factory=Snapshot, repr=False, compare=False)
 
     @classmethod
     def open(cls, given: str | Path) -> "ModelSource":
@@ -74,11 +77,13 @@ class ModelSource:
                 config=bundle.config,
                 generation_config=bundle.generation_config(),
                 max_seq_len=bundle.manifest.max_seq_len,
+                snapshot=bundle.snapshot,
             )
         if (path / ENGINE_FILE).is_file():
             return cls._of_engine(EngineFolder.open(path))
         if not (path / CONFIG_FILE).is_file():
             raise RequestError(_explain_missing(path, str(given)))
+        snapshot = checkpoint_snapshot(path)
         config = GemmaConfig.from_file(path)
         return cls(
             folder=path,
@@ -87,6 +92,7 @@ class ModelSource:
             config=config,
             generation_config=_generation_config(path / GENERATION_FILE),
             max_seq_len=config.max_position_embeddings,
+            snapshot=snapshot,
         )
 
     @classmethod
@@ -104,6 +110,19 @@ class ModelSource:
             config=engine.manifest.model,
             generation_config=engine.generation_config(),
             max_seq_len=engine.manifest.build.limits.max_seq_len,
+            snapshot=engine.snapshot,
+        )
+
+    def check_unchanged(self) -> None:
+        """Make sure that all that was read since `open` was read of one model.
+
+        Raises:
+            BundleError, EngineError, CheckpointError: The folder or one of its files was replaced or
+                changed.
+        """
+        error = CheckpointError if self.engine is None else EngineError
+        self.snapshot.check(
+            error if self.bundle is None else BundleError, "the model was being loaded"
         )
 
     def stored_config(self) -> GemmaConfig:

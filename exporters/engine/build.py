@@ -90,6 +90,7 @@ def build_engine(
         # What is there is either to be replaced or damaged.
         with staged_folder(folder, force=True, replaceable=ENGINE_FILE) as staging:
             plans, files = _build_plans(bundle, build, staging, on_progress)
+            bundle.check_unchanged("an engine was being built of it")
             manifest = EngineManifest(
                 model=bundle.config,
                 cache_dtype=bundle.manifest.precision_of("tensorrt").activations,

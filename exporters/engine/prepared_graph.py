@@ -14,7 +14,7 @@ from gemma_deploy.exporters.passes.apart_projections import keep_projections_apa
 from gemma_deploy.exporters.passes.attention import use_attention
 from gemma_deploy.exporters.passes.fixed_capacity import fix_capacity
 from gemma_deploy.exporters.passes.top_logits import add_top_logits
-from gemma_deploy.external_data import check_external_data
+from gemma_deploy.graph_checks import check_graph
 from gemma_deploy.graph_spec import GraphSpec, Phase
 from gemma_deploy.plugins.attention import register_plugin
 from gemma_deploy.tensorrt import TensorRTLibrary
@@ -62,7 +62,7 @@ def prepare_graph(
         EngineBuildError: A weight is not in the weights file.
     """
     path = bundle.graph_path(phase, "tensorrt")
-    check_external_data(bundle.folder, path)
+    check_graph(bundle.folder, path, bundle.manifest.weights)
     model = ir.load(path)
     fix_capacity(model, build.limits.max_seq_len)
     needs_plugin = use_attention(model, build.attention, has_native=has_native_attention(library))

@@ -103,12 +103,13 @@ def prepare(
     )
     work = WorkFolder(folder, _key(checkpoint, formats, method, rows))
     run = run_gptq if method == "gptq" else run_awq
+    try:
+        prepared = run(checkpoint, rows, formats, work, on_progress)
+    except BaseException:
+        work.close()  # a traceback may keep it alive
+        raise
     return PreparedWeights(
-        formats=formats,
-        method=method,
-        prepared=run(checkpoint, rows, formats, work, on_progress),
-        choices=choices,
-        work=work,
+        formats=formats, method=method, prepared=prepared, choices=choices, work=work
     )
 
 

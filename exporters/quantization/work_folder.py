@@ -5,17 +5,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma_deploy.errors import ExportError
+from gemma_deploy.errors import ExportError, warn
 from gemma_deploy.json_files import read_json
 from gemma_deploy.limits import MAX_CONFIG_BYTES
+from gemma_deploy.staging import Lock, locked
 
 OnProgress = Callable[[str, int, int], object]
 """(what is being done, done, total)."""
@@ -26,17 +27,22 @@ _KEY_FILE = "calibration.json"
 class WorkFolder:
     """A folder of finished tensors, which belong to one checkpoint, text and choice of options.
 
+    It is held, so that no other export works in it, until `close` or `remove`, or until the process
+    ends, whatever ends it. Where folders cannot be locked (Windows, NFS), it is not held.
+
     Args:
         path: The folder; it is created, or taken up where a run of the same key left it. What a run
             of another key left is removed.
         key: Everything that the tensors depend on, as JSON can hold it.
 
     Raises:
-        ExportError: There is something else at `path`, or it cannot be written.
+        ExportError: There is something else at `path`, another export is at work there, or it cannot
+            be written.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self.path = path
+        self._lock = ExitStack()
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if path.exists() and (not path.is_dir() or _is_foreign(path)):
             raise ExportError(
@@ -44,10 +50,25 @@ class WorkFolder:
                 "away, or choose another output"
             )
         with self._writing():
-            if path.exists() and _stated_digest(path) != digest:
-                shutil.rmtree(path)
-            path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            if _stated_digest(path) != digest:
+                for entry in path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             (path / _KEY_FILE).write_text(json.dumps({"sha256": digest}), encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove everything after work that is finished; keep it after an error."""
+        if kind is None:
+            self.remove()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Let others work there; what is done is kept."""
+        self._lock.close()
 
     def find(self, name: str) -> Path | None:
         """Return the file of a finished group of tensors; None if it is not there, or damaged."""
@@ -73,8 +94,30 @@ class WorkFolder:
             return partial.replace(path)
 
     def remove(self) -> None:
-        """Remove everything."""
-        shutil.rmtree(self.path)
+        """Remove everything that is still there, and let go of the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+        if self.path.exists():
+            warn(
+                f"{self.path}, which calibration needs no more, cannot be removed: remove it yourself"
+            )
+
+    def _hold(self) -> None:
+        """Create the folder if it is not there, and lock it."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            place = self.path.resolve()  # a link cannot be locked
+            found = place.stat()
+            lock = self._lock.enter_context(locked(place))
+            if lock is Lock.HELD:
+                raise ExportError(
+                    f"another export is at work in {self.path}, where calibration keeps what it has "
+                    "done: wait for it to end, or choose another output"
+                )
+            # Whoever held it may have removed it before it was locked.
+            if place.exists() and os.path.samestat(place.stat(), found):
+                return
+            self._lock.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

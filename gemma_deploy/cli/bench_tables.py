@@ -1,7 +1,5 @@
 """What `bench` prints for people."""
 
-import click
-
 from gemma_deploy.cli.bench_rows import (
     contender_facts,
     cost_rows,
@@ -10,7 +8,7 @@ from gemma_deploy.cli.bench_rows import (
     roofline_facts,
     share_facts,
 )
-from gemma_deploy.cli.console import emit_columns, emit_table
+from gemma_deploy.cli.console import emit_columns, emit_table, say
 from gemma_deploy.runtime.benchmark.results import BenchReport
 
 
@@ -36,4 +34,4 @@ def print_report(report: BenchReport) -> None:
         if shares:
             emit_table(shares, title=f"Share of the machine: {case}")
     if not report.measurements:
-        click.echo("No round was run to its end: there is nothing to compare.")
+        say("No round was run to its end: there is nothing to compare.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.byte_sizes import format_bytes
-from gemma_deploy.cli.console import emit_json, notice, progress
+from gemma_deploy.cli.console import emit_json, notice, progress, say
 from gemma_deploy.cuda_driver import cuda_device_count
 
 if TYPE_CHECKING:
@@ -157,10 +157,10 @@ def _report(bundle: Path, engine: "EngineFolder", *, is_new: bool, as_json: bool
         emit_json(body | {"files": files, "build": build.to_dict()})
         return
     targets = ", ".join(build.targets)
-    click.echo(f"{engine.folder}  {format_bytes(size_bytes)}, for compute capability {targets}")
+    say(f"{engine.folder}  {format_bytes(size_bytes)}, for compute capability {targets}")
     path = shlex.quote(str(bundle))
     if cuda_device_count():
         then = f'generate {path} --backend {build.flavour} "Once upon a time"'
     else:
         then = f"pack {path} --backend {build.flavour} --output ENGINE, for a machine with a GPU"
-    click.echo(f"Next: gemma-deploy {then}")
+    say(f"Next: gemma-deploy {then}")

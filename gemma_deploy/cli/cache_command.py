@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.byte_sizes import format_bytes
-from gemma_deploy.cli.console import emit_columns, emit_json
+from gemma_deploy.cli.console import emit_columns, emit_json, say
 from gemma_deploy.cli.prepacked_option import AUTO, ENVIRONMENT_VARIABLE, OFF, cache_folder
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def list_entries(*, folder: Path, as_json: bool) -> None:
         emit_json({"folder": str(folder), "entries": listed}, indent=1)
         return
     if not entries:
-        click.echo(f"{folder}: empty")
+        say(f"{folder}: empty")
         return
     rows = [("graph", "size", "last used")]
     for entry in entries:
@@ -74,7 +74,7 @@ def list_entries(*, folder: Path, as_json: bool) -> None:
 def clear(*, folder: Path) -> None:
     """Remove everything in the cache. Programs that are running with it are not disturbed."""
     freed_bytes = _cache(folder).clear()
-    click.echo(f"{folder}: {format_bytes(freed_bytes)} freed")
+    say(f"{folder}: {format_bytes(freed_bytes)} freed")
 
 
 def _cache(folder: Path) -> "PrepackedCache":

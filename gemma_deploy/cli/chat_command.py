@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.cli.chat_commands import ChatState, obey
-from gemma_deploy.cli.console import notice
+from gemma_deploy.cli.console import notice, say, speak
 from gemma_deploy.cli.conversation import Conversation
 from gemma_deploy.cli.generate_command import summary
 from gemma_deploy.cli.interrupt import cancel_on_interrupt
@@ -148,8 +148,8 @@ class Chat:
                 return
             with stream:
                 for piece in stream:
-                    click.echo(piece, nl=False)
-        click.echo()
+                    speak(piece)
+        say()
         result = stream.result
         if result.text:
             conversation.answer(result.text)
@@ -176,7 +176,7 @@ def _read_message() -> str | None:
             line = input(". " if lines else prompt) if prompt else _piped_line()
         except EOFError:
             if prompt:
-                click.echo()
+                say()
             return "\n".join(lines).strip() or None
         except KeyboardInterrupt:
             lines.clear()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from gemma_deploy.cli.visible import visible, visible_cell, visible_speech
 from gemma_deploy.errors import GemmaDeployWarning
 
 Progress = Callable[[str, int, int], object]
@@ -20,16 +22,43 @@ _SECONDS_BETWEEN_LINES: Final = 30.0
 _MOST_COUNTED_PARTS: Final = 1000
 
 
+def say(text: str = "", *, err: bool = False, **style: Any) -> None:
+    """Write a line to stdout or stderr; what would command the terminal is escaped (`visible`).
+
+    Everything that verbs print for people goes through here or through `speak`.
+
+    Args:
+        text: May come from files and names.
+        err: Whether to write to stderr.
+        **style: As `click.style` has it.
+    """
+    click.secho(visible(text), err=err, **style)  # noqa: TID251 - here it is escaped
+
+
+def speak(text: str, *, ends_line: bool = False) -> None:
+    """Write a model's words to stdout: on a terminal as `visible_speech`, elsewhere as they are."""
+    shown = visible_speech(text) if sys.stdout.isatty() else text
+    click.echo(shown, nl=ends_line, color=True)  # noqa: TID251 - likewise
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats what is logged as `say` does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message of a record."""
+        return visible(super().format(record))
+
+
 def notice(text: str) -> None:
     """Write a line for the person at the terminal (stderr)."""
-    click.echo(text, err=True)
+    say(text, err=True)
 
 
 def warn(*texts: str | None) -> None:
     """Write warnings to stderr, one a line; None is none."""
     for text in texts:
         if text is not None:
-            click.secho(f"Warning: {text}", fg="yellow", err=True)
+            say(f"Warning: {text}", fg="yellow", err=True)
 
 
 @contextlib.contextmanager
@@ -58,22 +87,23 @@ def emit_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
         ValueError: A number is NaN or infinite, which JSON cannot hold.
     """
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    click.echo(json.dumps(value, indent=indent, ensure_ascii=not is_unicode, allow_nan=False))
+    say(json.dumps(value, indent=indent, ensure_ascii=not is_unicode, allow_nan=False))
 
 
 def emit_table(rows: Sequence[tuple[str, str]], *, title: str) -> None:
     """Write a title and aligned `name  value` lines to stdout."""
-    width = max(len(name) for name, _ in rows)
-    click.secho(title, bold=True)
-    for name, value in rows:
-        click.echo(f"  {name:<{width}}  {value}".rstrip())
+    shown = [(visible_cell(name), visible_cell(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown)
+    say(title, bold=True)
+    for name, value in shown:
+        say(f"  {name:<{width}}  {value}".rstrip())
 
 
 def emit_columns(rows: Sequence[Sequence[str]], *, title: str) -> None:
     """Write a title and the lines of a table to stdout."""
-    click.secho(title, bold=True)
-    for line in column_lines(rows):
-        click.echo(f"  {line}")
+    say(title, bold=True)
+    for line in column_lines([[visible_cell(cell) for cell in row] for row in rows]):
+        say(f"  {line}")
 
 
 def column_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -96,7 +126,7 @@ def working(what: str) -> Iterator[None]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(f"{what} ..."):
+    with Console(stderr=True).status(f"{visible_cell(what)} ..."):
         yield
 
 
@@ -120,7 +150,7 @@ def progress() -> Iterator[Progress]:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(visible_cell(stage), total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show

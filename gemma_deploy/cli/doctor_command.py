@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from gemma_deploy.byte_sizes import format_bytes
-from gemma_deploy.cli.console import emit_json, emit_table
+from gemma_deploy.cli.console import emit_json, emit_table, say
 
 if TYPE_CHECKING:
     from gemma_deploy.capability import Capability
@@ -64,20 +64,20 @@ def command(*, folder: Path | None, as_json: bool) -> None:
         if folder is not None:
             _print_verdicts(f"Whether the engines of {folder} would load", engines)
         for alert in alerts:
-            click.secho(f"Warning: {alert}", fg="yellow")
+            say(f"Warning: {alert}", fg="yellow")
     loads = [verdict.is_available is not False for verdict in engines]
     if not (any(loads) if loads else is_useful(machine)):
         raise click.exceptions.Exit(1)
 
 
 def _print_verdicts(title: str, verdicts: "Sequence[Capability]") -> None:
-    click.secho(title, bold=True)
+    say(title, bold=True)
     if not verdicts:
-        click.echo("  none")
+        say("  none")
     for verdict in verdicts:
-        click.echo(f"  {_MARKS[verdict.is_available]}  {verdict.name}: {verdict.detail}")
+        say(f"  {_MARKS[verdict.is_available]}  {verdict.name}: {verdict.detail}")
         if verdict.remedy:
-            click.echo(f"         -> {verdict.remedy}")
+            say(f"         -> {verdict.remedy}")
 
 
 def _facts(machine: "Machine") -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.byte_sizes import format_bytes
-from gemma_deploy.cli.console import emit_json, notice, progress
+from gemma_deploy.cli.console import emit_json, notice, progress, say
 from gemma_deploy.cli.outputs import announce_new_folders
 from gemma_deploy.cli.overflow_table import emit_overflow
 from gemma_deploy.cli.quantization_options import parse_quantization, quantization_options
@@ -201,9 +201,9 @@ def _report(bundle: "Bundle", *, as_json: bool) -> None:
         emit_json({"path": str(bundle.folder), "size_bytes": size_bytes, "files": files})
         return
     path = shlex.quote(str(bundle.folder))
-    click.echo(f"{bundle.folder}  {format_bytes(size_bytes)}, weights in {_formats(manifest)}")
+    say(f"{bundle.folder}  {format_bytes(size_bytes)}, weights in {_formats(manifest)}")
     verb = 'generate {} "Once upon a time"' if manifest.tokenizer else "inspect {}"
-    click.echo(f"Next: gemma-deploy {verb.format(path)}")
+    say(f"Next: gemma-deploy {verb.format(path)}")
 
 
 def _formats(manifest: "Manifest") -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.cli.console import emit_json, notice
+from gemma_deploy.cli.console import emit_json, notice, say, speak
 from gemma_deploy.cli.interrupt import cancel_on_interrupt
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
 from gemma_deploy.cli.loading import load_model, tell_sampling
@@ -176,13 +176,13 @@ def _print(
     results = []
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
         if len(texts) > 1 and not as_json:
-            click.secho(f"[{number}/{len(texts)}] {_shortened(text)}", bold=True)
+            say(f"[{number}/{len(texts)}] {_shortened(text)}", bold=True)
         result = _finish(output, on_piece=_print_piece if is_streamed else _keep_silent)
         if as_json:
             emit_json(result.to_dict())
         else:
             was_printed = is_streamed and result is not output
-            click.echo("" if was_printed else result.text)
+            speak("" if was_printed else result.text, ends_line=True)
         results.append(result)
     return results
 
@@ -200,7 +200,7 @@ def _finish(output: "Output", *, on_piece: Callable[[str], object]) -> "Generati
 
 
 def _print_piece(piece: str) -> None:
-    click.echo(piece, nl=False)
+    speak(piece)
 
 
 def _keep_silent(_piece: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import click
 
-from gemma_deploy.cli.console import warnings_as_notices
+from gemma_deploy.cli.console import say, warnings_as_notices
+from gemma_deploy.cli.visible import visible
 from gemma_deploy.errors import GemmaDeployError
 from gemma_deploy.install_hint import explain_missing_package, missing_package
 
@@ -33,7 +34,7 @@ class CommandError(click.ClickException):
     """An error as click shows it: `Error: message` on stderr, and the exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(visible(message))
         self.exit_code = exit_code  # type: ignore[misc] # click reads the instance's own
 
 
@@ -101,6 +102,9 @@ class LazyGroup(click.Group):
                 raise
             text = explain_missing_package(package, ctx.invoked_subcommand)
             raise CommandError(text, GemmaDeployError.exit_code) from err
+        except click.ClickException as err:
+            err.message = visible(err.message)  # type: ignore[misc] # it may quote files
+            raise
         except BrokenPipeError:
             raise  # whoever read the output went away: click ends quietly
         except OSError as err:
@@ -108,5 +112,5 @@ class LazyGroup(click.Group):
                 raise
             raise CommandError(explain_os_error(err), GemmaDeployError.exit_code) from err
         except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
+            say("\nInterrupted.", err=True)
             raise click.exceptions.Exit(INTERRUPTED_EXIT_CODE) from None

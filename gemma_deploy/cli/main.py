@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Final, NoReturn
 
 import click
 
+from gemma_deploy.cli.console import VisibleFormatter, say
 from gemma_deploy.cli.lazy_group import LazyCommand, LazyGroup
 
 COMMANDS: Final = MappingProxyType(
@@ -102,6 +104,8 @@ def main() -> None:
         # A terminal that cannot show a character must not end a generation half way.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(VisibleFormatter())
     with _flushed_stdout():
         cli.main(prog_name="gemma-deploy")
 
@@ -137,5 +141,5 @@ def _flushed_stdout() -> Iterator[None]:
         # The interpreter flushes once more on its way out; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(err, BrokenPipeError):
-            click.echo(f"Error: the output cannot be written: {err.strerror}", err=True)
+            say(f"Error: the output cannot be written: {err.strerror}", err=True)
         sys.exit(1)

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import click
-
 if TYPE_CHECKING:
-    from gemma_deploy.overflow_report import OverflowReport, Peak, WeightLoss
+    from gemma_deploy.cli.console import say
+from gemma_deploy.overflow_report import OverflowReport, Peak, WeightLoss
 
 # Tensors that a scale can be folded around have a column each; the others share the last one.
 _COLUMNS = ("residual", "value", "attention", "product", "feed_forward")
@@ -20,9 +19,9 @@ def emit_overflow(report: "OverflowReport", *, to_stderr: bool = False) -> None:
         report: The report.
         to_stderr: Whether stdout is for something else.
     """
-    click.secho("float16 overflow preflight", bold=True, err=to_stderr)
+    say("float16 overflow preflight", bold=True, err=to_stderr)
     for line in overflow_lines(report):
-        click.echo(f"  {line}".rstrip(), err=to_stderr)
+        say(f"  {line}".rstrip(), err=to_stderr)
 
 
 def overflow_lines(report: "OverflowReport") -> Iterator[str]:

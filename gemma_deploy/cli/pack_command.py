@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.byte_sizes import format_bytes
-from gemma_deploy.cli.console import emit_json, progress
+from gemma_deploy.cli.console import emit_json, progress, say
 from gemma_deploy.cli.outputs import announce_new_folders
 
 if TYPE_CHECKING:
@@ -75,6 +75,6 @@ def command(
         emit_json({"path": str(engine.folder), "size_bytes": size_bytes, "files": files})
         return
     targets = ", ".join(engine.manifest.build.targets)
-    click.echo(f"{engine.folder}  {format_bytes(size_bytes)}, for compute capability {targets}")
+    say(f"{engine.folder}  {format_bytes(size_bytes)}, for compute capability {targets}")
     path = shlex.quote(str(engine.folder))
-    click.echo(f'Next, on the device: gemma-deploy generate {path} "Once upon a time"')
+    say(f'Next, on the device: gemma-deploy generate {path} "Once upon a time"')

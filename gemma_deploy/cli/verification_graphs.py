@@ -8,7 +8,7 @@ from gemma_deploy.bundle import Bundle
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine_build import Attention
 from gemma_deploy.errors import BundleError, RequestError
-from gemma_deploy.external_data import check_external_data
+from gemma_deploy.graph_checks import check_graph
 from gemma_deploy.graph_spec import PHASES, GraphSpec, Lowering, Phase, graph_spec
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class GraphChoice:
             path=source.path,
             spec=graph_spec(bundle.config, phase, "float32"),
             model=_reference_model(source, self.attention),
+            data=source.data,
         )
 
 
@@ -119,7 +120,7 @@ def check_weights(bundle: Bundle) -> str:
     """
     for lowering in bundle.manifest.lowerings:
         for phase in PHASES:
-            check_external_data(bundle.folder, bundle.graph_path(phase, lowering))
+            check_graph(bundle.folder, bundle.graph_path(phase, lowering), bundle.manifest.weights)
     return f"every tensor of the graphs lies inside {bundle.manifest.weights}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import Progress, emit_json, progress
+from gemma_deploy.cli.console import Progress, emit_json, progress, say
 from gemma_deploy.text_files import read_text
 
 if TYPE_CHECKING:
@@ -181,6 +181,6 @@ def _report(checks: "Sequence[Check]", *, as_json: bool) -> None:
     else:
         for check in checks:
             mark = click.style("ok  ", fg="green") if check.is_ok else click.style("FAIL", fg="red")
-            click.echo(f"{mark}  {check.name}: {check.detail}")
+            say(f"{mark}  {check.name}: {check.detail}")
     if not is_ok:
         raise click.exceptions.Exit(1)

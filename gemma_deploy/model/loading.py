@@ -42,7 +42,7 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        CheckpointError: If weights cannot be read.
+        CheckpointError: If weights cannot be read, or the checkpoint changed meanwhile.
     """
     with torch.device("meta"):
         model = build(checkpoint.config)
@@ -72,7 +72,7 @@ def load_parameters(
         prefix: See `load_model`.
 
     Raises:
-        CheckpointError: If weights cannot be read.
+        CheckpointError: If weights cannot be read, or the checkpoint changed meanwhile.
     """
     materialized: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -86,6 +86,7 @@ def load_parameters(
                 )
                 materialized[id(parameter)] = nn.Parameter(data)
             setattr(module, name, materialized[id(parameter)])
+    checkpoint.check_unchanged("its weights were being read")
 
 
 def _fill(data: Tensor, checkpoint: Checkpoint, name: str) -> None:

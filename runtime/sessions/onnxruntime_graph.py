@@ -1,6 +1,6 @@
 """One ONNX graph on ONNX Runtime, its KV cache bound in place: `OnnxRuntimeGraph`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from gemma_deploy.bundle import Bundle
 from gemma_deploy.errors import BundleError, SessionError
-from gemma_deploy.external_data import check_external_data
+from gemma_deploy.file_identity import HeldFile, Snapshot
 from gemma_deploy.file_records import FileRecord
+from gemma_deploy.graph_checks import check_graph
 from gemma_deploy.graph_spec import (
     INPUT_IDS,
     INPUT_POS,
@@ -53,6 +54,8 @@ class GraphSource:
             GroupQueryAttention does.
         weights: What the bundle says of the file of its external data; None if nothing is known,
             and then its packed weights are not kept.
+        data: The file of its external data; None if nothing is known.
+        snapshot: What the bundle's files were when it was opened.
     """
 
     path: Path
@@ -60,6 +63,8 @@ class GraphSource:
     model: bytes | None = None
     continues_rows_in_turn: bool = False
     weights: FileRecord | None = None
+    data: Path | None = None
+    snapshot: Snapshot = field(default_factory=Snapshot, repr=False)
 
     @classmethod
     def of(cls, bundle: Bundle, phase: Phase, lowering: Lowering) -> "GraphSource":
@@ -69,12 +74,14 @@ class GraphSource:
             BundleError: The bundle has no such graph, or it points outside its files.
         """
         path = bundle.graph_path(phase, lowering)
-        check_external_data(bundle.folder, path)
+        check_graph(bundle.folder, path, bundle.manifest.weights)
         return cls(
             path=path,
             spec=bundle.manifest.spec(phase, lowering),
             continues_rows_in_turn=lowering == "onnxruntime",
             weights=bundle.manifest.files[bundle.manifest.weights],
+            data=bundle.weights_path,
+            snapshot=bundle.snapshot,
         )
 
 
@@ -109,7 +116,7 @@ class OnnxRuntimeGraph:
         self._name = source.path.name
         self._spec = source.spec
         self._session: Any
-        self._session, self.device = _load(source, device, threads, prepacked_cache)
+        self._session, self.device, self._mapped = _load(source, device, threads, prepacked_cache)
         _check_ports(self._name, "inputs", self._session.get_inputs(), self._spec.inputs)
         _check_ports(self._name, "outputs", self._session.get_outputs(), self._spec.outputs)
         self._binding: Any = self._session.io_binding()
@@ -138,10 +145,13 @@ class OnnxRuntimeGraph:
             float32 [B, L, V].
 
         Raises:
-            SessionError: ONNX Runtime failed, or the graph is closed.
+            SessionError: ONNX Runtime failed, the graph is closed, or its weights were changed in
+                place.
         """
         if self._session is None:
             raise SessionError("the session is closed: load the model again")
+        if self._mapped is not None:
+            self._mapped.check()
         given = {INPUT_IDS: input_ids, INPUT_POS: input_pos, LOGITS_INDEX: logits_index}
         try:
             for name in self._token_inputs:
@@ -176,6 +186,8 @@ class OnnxRuntimeGraph:
     def close(self) -> None:
         """Let go of the session and of everything bound to it."""
         self._session = self._binding = self._bound_cache = None
+        if self._mapped is not None:
+            self._mapped.close()
 
     def _write_input(self, name: str, array: Int64Array) -> None:
         """Put a token input where ONNX Runtime reads it, bound anew only where it has to be."""
@@ -210,14 +222,31 @@ class OnnxRuntimeGraph:
 
 def _load(
     source: GraphSource, device: Device, threads: int | None, cache: PrepackedCache | None
-) -> tuple[Any, Device]:
-    """Return the inference session and what it runs on; see `create_inference_session`."""
+) -> tuple[Any, Device, HeldFile | None]:
+    """Return the inference session, what it runs on, and the file that it maps.
+
+    See `create_inference_session`. On CUDA the weights are copied to the device.
+    """
     is_file = source.model is None
     if cache is not None and is_file and source.weights is not None and is_on_cpu(device):
-        session = load_prepacked(source.path, source.spec, source.weights, cache, threads)
-        if session is not None:
-            return session, Device(kind="cpu")
-    return create_inference_session(source.path, device, threads, model=source.model)
+        prepacked = load_prepacked(
+            source.path, source.spec, source.weights, source.snapshot, cache, threads
+        )
+        if prepacked is not None:
+            session, mapped = prepacked
+            return session, Device(kind="cpu"), mapped
+    data = None if source.data is None else _held(source.data)
+    session, device = create_inference_session(source.path, device, threads, model=source.model)
+    return session, device, data if device.kind == "cpu" else None
+
+
+def _held(path: Path) -> HeldFile:
+    try:
+        return HeldFile(path)
+    except OSError as err:
+        raise BundleError(
+            f"{path} cannot be opened: {err.strerror}. Load the bundle again"
+        ) from err
 
 
 def _check_ports(graph: str, side: str, ports: list[Any], specs: tuple[TensorSpec, ...]) -> None:

@@ -75,9 +75,11 @@ class OnnxRuntimeSession:
 
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here, or not in float32.
-            BundleError: The graphs do not have the inputs and outputs the manifest says.
+            BundleError: The graphs do not have the inputs and outputs the manifest says, or the bundle
+                was replaced while it was loaded.
             RequestError: Too many threads.
-            SessionError: ONNX Runtime cannot load the graphs.
+            SessionError: ONNX Runtime cannot load the graphs. In steps also: the weights, which are
+                mapped, were changed in place (see `HeldFile` for what cannot be noticed).
         """
         check_threads(threads)
         self.config: GemmaConfig = bundle.config
@@ -90,6 +92,7 @@ class OnnxRuntimeSession:
         self._prefill = load(sources["prefill"], device)
         self.device = self._prefill.device
         self._decode = load(sources["decode"], self.device) if use_decode_graph else None
+        bundle.check_unchanged()  # ONNX Runtime opened the weights by their path, tensor by tensor
 
     def __enter__(self) -> Self:
         return self

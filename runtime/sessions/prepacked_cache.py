@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gemma_deploy.errors import ExportError, OutputExistsError, SessionError
 from gemma_deploy.file_records import sha256_of
 from gemma_deploy.json_files import read_json
 from gemma_deploy.limits import MAX_CONFIG_BYTES
+from gemma_deploy.private_paths import others_access, others_access_above
 from gemma_deploy.staging import Lock, locked, staged_folder
 
 Loaded = TypeVar("Loaded")
@@ -57,7 +59,8 @@ class PrepackedCache:
     an entry. It appears whole or not at all, and one process writes at a time. Where folders cannot be locked
     (Windows, some network file systems) nothing can be written.
 
-    What is in the folder is run as it is: it must belong to the user, as the bundles do.
+    What is in the folder is run as it is, so a folder that other users can change is neither read nor
+    written: see `others_access`.
 
     Attributes:
         folder: Made when something is written to it.
@@ -66,6 +69,18 @@ class PrepackedCache:
 
     folder: Path
     max_bytes: int = DEFAULT_MAX_BYTES
+
+    def others_access(self, key: Mapping[str, str]) -> str | None:
+        """Return how other users can change what is kept under a key, in words; None if they cannot."""
+        place = self.folder.resolve()
+        entry = place / self._folder_of(key).name
+        reasons = (
+            others_access_above(place),
+            others_access(place),
+            others_access(entry),
+            *(others_access(path) for path in _listed(entry)),
+        )
+        return next((x for x in reasons if x is not None), None)
 
     def find(self, key: Mapping[str, str]) -> Path | None:
         """Return the folder of what was kept under a key; None if there is nothing whole.
@@ -114,7 +129,10 @@ class PrepackedCache:
                 behind.
         """
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for parent in reversed(self.folder.parents):
+                if not parent.exists():  # nobody else may write there, whatever the umask allows
+                    parent.mkdir(mode=0o755, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
             with locked(self.folder.resolve()) as lock:  # a link cannot be locked
                 if lock is Lock.IMPOSSIBLE:
                     raise SessionError(
@@ -131,6 +149,8 @@ class PrepackedCache:
                 with staged_folder(folder, force=True, replaceable=ENTRY_FILE) as staging:
                     made = make(staging)
                     _write_record(staging, key, source)
+                    for path in (staging, *staging.iterdir()):  # whatever the umask allows
+                        path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
                 self._trim(keep=folder)
         except (OSError, ExportError, OutputExistsError) as err:
             raise SessionError(
@@ -164,7 +184,9 @@ class PrepackedCache:
 
     def _folders(self) -> Iterator[Path]:
         with contextlib.suppress(OSError):
-            yield from (x for x in self.folder.iterdir() if _ENTRY_NAME.fullmatch(x.name))
+            for path in self.folder.iterdir():
+                if _ENTRY_NAME.fullmatch(path.name) and not path.is_symlink():
+                    yield path
 
     def _check_space(self, need_bytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -190,9 +212,16 @@ class PrepackedCache:
                 excess -= entry.size_bytes
 
 
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
 def _data_record(folder: Path) -> dict[str, int]:
-    stat = (folder / DATA_FILE).stat()
-    return {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    found = (folder / DATA_FILE).stat()
+    return {"size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _write_record(folder: Path, key: Mapping[str, str], source: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from gemma_deploy.errors import SessionError
+from gemma_deploy.errors import BundleError, SessionError, warn
+from gemma_deploy.file_identity import HeldFile, Snapshot
 from gemma_deploy.file_records import FileRecord, sha256_of
 from gemma_deploy.graph_spec import INPUT_IDS, LOGITS, LOGITS_INDEX, GraphSpec
 from gemma_deploy.machine import read_cpu
@@ -37,13 +38,15 @@ def load_prepacked(
     graph: Path,
     spec: GraphSpec,
     weights: FileRecord,
+    snapshot: Snapshot,
     cache: PrepackedCache,
     threads: int | None,
-) -> Any | None:
+) -> tuple[Any, HeldFile] | None:
     """Load a graph on the CPU, its packed weights mapped from a cache instead of held in memory.
 
     The first time, the graph is loaded as usual, its packed weights are written, and the logits of a
-    probe must be the same bit for bit. Whatever fails is logged as a warning, never raised.
+    probe must be the same bit for bit. Whatever fails is logged as a warning, never raised; a folder
+    that other users can change is a `GemmaDeployWarning`.
 
     ONNX Runtime packs at every load all the same, one tensor at a time, and takes the file's copy only
     where its hash is that of what it packed: a file of another processor is slow, not wrong.
@@ -52,30 +55,50 @@ def load_prepacked(
         graph: The graph's file; its external data has been checked.
         spec: Its inputs and outputs.
         weights: What is known of the file of its external data.
+        snapshot: What the bundle's files were when `weights` was read.
         cache: Where packed weights are kept.
         threads: Threads of the CPU kernels; None for one per core.
 
     Returns:
-        The `onnxruntime.InferenceSession`; None if it is to be loaded without the cache.
+        The `onnxruntime.InferenceSession` and the file that it maps; None if the graph is to be loaded
+        without the cache.
+
+    Raises:
+        BundleError: The bundle was replaced meanwhile: nothing was kept.
     """
     key = _key(graph, weights)
+    access = cache.others_access(key)
+    if access is not None:
+        warn(
+            f"{graph} is loaded without prepacked weights: {access}, and what is in the cache is run as "
+            "it is. Choose a folder of your own, in folders that only you or root may write"
+        )
+        return None
     found = cache.find(key)
     if found is not None:
         try:
-            return load_on_cpu(found / MODEL_FILE, session_options(threads))
-        except SessionError as err:  # e.g. another process has just made room for its own
+            return _load(found, threads)
+        except (
+            SessionError,
+            OSError,
+        ) as err:  # e.g. another process has just made room for its own
             _LOGGER.info("%s is written anew: %s", found, err)
             cache.discard(key)
     try:
         return cache.write(
             key,
-            lambda folder: _pack(graph, spec, folder, threads),
+            lambda folder: _pack(graph, spec, snapshot, folder, threads),
             source=graph,
             need_bytes=_NEED_PER_WEIGHT_BYTE * weights.size_bytes,
         )
     except (SessionError, OSError) as err:
         _LOGGER.warning("%s is loaded without prepacked weights: %s", graph, err)
         return None
+
+
+def _load(folder: Path, threads: int | None) -> tuple[Any, HeldFile]:
+    mapped = HeldFile(folder / DATA_FILE)
+    return load_on_cpu(folder / MODEL_FILE, session_options(threads)), mapped
 
 
 def _key(graph: Path, weights: FileRecord) -> dict[str, str]:
@@ -93,10 +116,13 @@ def _key(graph: Path, weights: FileRecord) -> dict[str, str]:
     }
 
 
-def _pack(graph: Path, spec: GraphSpec, folder: Path, threads: int | None) -> Any:
+def _pack(
+    graph: Path, spec: GraphSpec, snapshot: Snapshot, folder: Path, threads: int | None
+) -> tuple[Any, HeldFile]:
     """Write a graph and its packed weights into a folder; return the session of what was written.
 
     Raises:
+        BundleError: The graph or its weights were replaced meanwhile: they are not what the key says.
         SessionError: ONNX Runtime cannot load the graph, or computes something else with the copy.
     """
     options = session_options(threads)
@@ -106,13 +132,14 @@ def _pack(graph: Path, spec: GraphSpec, folder: Path, threads: int | None) -> An
     # It is dropped at once: with all it has in memory it takes half as much again as any other.
     expected = _probe(lambda: load_on_cpu(graph, options), spec)
     align_blobs(folder / MODEL_FILE, folder / DATA_FILE)
-    session = load_on_cpu(folder / MODEL_FILE, session_options(threads))
+    session, mapped = _load(folder, threads)
     if not np.array_equal(_probe(lambda: session, spec), expected, equal_nan=True):
         raise SessionError(
             f"ONNX Runtime {ort.__version__} computes other logits from packed weights that it saved "
             "itself: they are not kept"
         )
-    return session
+    snapshot.check(BundleError, "its weights were being packed")
+    return session, mapped
 
 
 def _probe(load: Callable[[], Any], spec: GraphSpec) -> npt.NDArray[np.float32]:

@@ -73,6 +73,8 @@ def create_session(
         BackendUnavailableError: The backend's package or the device is not here.
         EngineError: No engine of the bundle fits.
         SessionError: The backend failed to load the model.
+        BundleError, CheckpointError: The model's files are damaged, or were replaced since `source` was
+            opened.
     """
     if backend == "auto":
         backend = natural_backend(source)
@@ -91,7 +93,13 @@ def create_session(
         prepacked_cache=prepacked_cache,
         dtype=name,
     )
-    return BACKENDS[backend](request)
+    session = BACKENDS[backend](request)
+    try:
+        source.check_unchanged()
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 def natural_backend(source: ModelSource) -> str:

@@ -97,6 +97,7 @@ class TensorRTSession:
         self._engine = LoadedEngine(library, engine, self._cuda, use_cuda_graph=use_cuda_graph)
         # A session that nobody closed frees what it holds before the interpreter is taken apart.
         self._finalizer = weakref.finalize(self, self._engine.close)
+        engine.check_unchanged()
 
     def __enter__(self) -> Self:
         return self

@@ -26,6 +26,7 @@ from gemma_deploy.errors import (
     TokenizerError,
 )
 from gemma_deploy.exporters.export import export_checkpoint
+from gemma_deploy.graph_checks import OPERATORS
 from gemma_deploy.graph_spec import LOWERINGS, PHASES, DType, Lowering, Phase, Precision
 
 TinyFolders = Callable[..., Path]
@@ -293,6 +294,7 @@ def test_graphs_of_the_lowerings_asked_for(
 
     monkeypatch.setattr("gemma_deploy.exporters.bundle_files.trace_model", trace)
     monkeypatch.setattr("gemma_deploy.exporters.bundle_files.write_graph", write)
+    monkeypatch.setattr("gemma_deploy.exporters.bundle_files.check_graph", lambda *_: None)
     bundle = export_checkpoint(checkpoint, tmp_path / "bundle", dtype=dtype, graphs=graphs)
     assert bundle.manifest.lowerings == lowerings
     for lowering in lowerings:
@@ -410,6 +412,33 @@ def test_a_head_size_that_onnx_runtime_does_not_take(checkpoint: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"head_dim is 2; .* takes multiples of 8"):
         export_checkpoint(checkpoint, tmp_path / "bundle")
     assert _names(tmp_path) == ["source"]
+
+
+def test_a_checkpoint_replaced_while_it_is_exported(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        os.utime(checkpoint / "model.safetensors")
+
+    monkeypatch.setattr("gemma_deploy.exporters.export.write_bundle", write)
+    with pytest.raises(
+        CheckpointError, match="safetensors was replaced or changed while it was being"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_graph_that_could_not_be_loaded_is_not_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another torch may trace operators that no bundle had before."""
+    fewer = {domain: names - {"RMSNormalization"} for domain, names in OPERATORS.items()}
+    monkeypatch.setattr("gemma_deploy.graph_checks.OPERATORS", fewer)
+    with pytest.raises(
+        ExportError, match=r"made a graph that gemma-deploy does not know .*RMSNorm"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_too_small_a_disk_is_noticed_before_writing(checkpoint: Path, disk: Path) -> None:

@@ -5,11 +5,8 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 
 from gemma_deploy.bundle import Bundle
@@ -20,7 +17,6 @@ from gemma_deploy.errors import (
     RequestError,
     UnsafePathError,
 )
-from gemma_deploy.external_data import check_external_data
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import Precision
 from gemma_deploy.install_hint import install_line
@@ -447,124 +443,6 @@ def test_hashing_reports_every_byte(folder: Path) -> None:
     seen: list[int] = []
     Bundle.open(folder).changed_files(seen.append)
     assert sum(seen) == sum(map(len, FILES.values()))
-
-
-def external_tensor(**entries: str) -> onnx.TensorProto:
-    tensor = onnx.TensorProto(
-        name="w",
-        data_type=onnx.TensorProto.FLOAT,
-        dims=[2],
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    for key, value in entries.items():
-        tensor.external_data.add(key=key, value=value)
-    return tensor
-
-
-def graph_of(tensor: onnx.TensorProto) -> onnx.GraphProto:
-    node = onnx.helper.make_node("Identity", ["w"], ["y"])
-    return onnx.helper.make_graph([node], "g", [], [], initializer=[tensor])
-
-
-def in_an_initializer(tensor: onnx.TensorProto) -> onnx.ModelProto:
-    return onnx.helper.make_model(graph_of(tensor))
-
-
-def in_an_attribute(tensor: onnx.TensorProto) -> onnx.ModelProto:
-    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
-    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
-
-
-def in_a_subgraph(tensor: onnx.TensorProto) -> onnx.ModelProto:
-    branch = graph_of(tensor)
-    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
-    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
-
-
-def in_a_function(tensor: onnx.TensorProto) -> onnx.ModelProto:
-    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
-    opsets = [onnx.helper.make_opsetid("", 23)]
-    function = onnx.helper.make_function("local", "f", [], ["y"], [node], opsets)
-    graph = onnx.helper.make_graph([], "g", [], [])
-    return onnx.helper.make_model(graph, functions=[function])
-
-
-PLACES = [in_an_initializer, in_an_attribute, in_a_subgraph, in_a_function]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_external_data_within_its_file(
-    folder: Path, place: Callable[[onnx.TensorProto], onnx.ModelProto]
-) -> None:
-    tensor = external_tensor(location="weights.safetensors", offset="192", length="8")
-    (folder / "graph.onnx").write_bytes(place(tensor).SerializeToString())
-    check_external_data(folder, folder / "graph.onnx")
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "link"])
-def test_external_data_outside_of_the_bundle(
-    surroundings: Path, place: Callable[[onnx.TensorProto], onnx.ModelProto], path: str
-) -> None:
-    graph = surroundings / "graph.onnx"
-    graph.write_bytes(place(external_tensor(location=path, length="6")).SerializeToString())
-    message = f"graph.onnx (tensor w) names {path!r}, which leads out of the bundle"
-    with pytest.raises(UnsafePathError, match=re.escape(message)):
-        check_external_data(surroundings, graph)
-
-
-@pytest.mark.parametrize("path", [p for p in UNSAFE_PATHS if p])
-def test_unsafe_external_locations(surroundings: Path, path: str) -> None:
-    graph = surroundings / "graph.onnx"
-    graph.write_bytes(in_an_initializer(external_tensor(location=path)).SerializeToString())
-    with pytest.raises(UnsafePathError, match="leads out of the bundle"):
-        check_external_data(surroundings, graph)
-
-
-def test_external_data_without_location(folder: Path) -> None:
-    graph = folder / "graph.onnx"
-    graph.write_bytes(in_an_initializer(external_tensor(length="8")).SerializeToString())
-    with pytest.raises(UnsafePathError, match=r"names '', which leads out"):
-        check_external_data(folder, graph)
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"offset": "193", "length": "8"}, "tensor w ends at byte 201 of weights.safetensors, whi"),
-        ({"offset": "-1", "length": "8"}, "tensor w has offset '-1' and length '8', expected num"),
-        ({"offset": "0", "length": "x"}, "tensor w has offset '0' and length 'x', expected number"),
-    ],
-)
-def test_external_data_outside_of_its_file(
-    folder: Path, entries: dict[str, str], message: str
-) -> None:
-    tensor = external_tensor(location="weights.safetensors", **entries)
-    (folder / "graph.onnx").write_bytes(in_an_initializer(tensor).SerializeToString())
-    with pytest.raises(BundleError, match=message):
-        check_external_data(folder, folder / "graph.onnx")
-
-
-def test_external_data_in_a_missing_file(folder: Path) -> None:
-    tensor = external_tensor(location="gone", length="8")
-    (folder / "graph.onnx").write_bytes(in_an_initializer(tensor).SerializeToString())
-    with pytest.raises(BundleError, match="ends at byte 8 of gone, which has 0 bytes"):
-        check_external_data(folder, folder / "graph.onnx")
-
-
-@pytest.mark.parametrize("content", [b"no graph", None])
-def test_a_file_that_is_no_graph(folder: Path, content: bytes | None) -> None:
-    graph = folder / "graph.onnx"
-    if content is not None:
-        graph.write_bytes(content)
-    with pytest.raises(BundleError, match=r"graph.onnx cannot be read as an ONNX model"):
-        check_external_data(folder, graph)
-
-
-def test_tensors_inside_the_graph_are_fine(folder: Path) -> None:
-    tensor = onnx.numpy_helper.from_array(np.ones(2, np.float32), "w")
-    (folder / "graph.onnx").write_bytes(in_an_initializer(tensor).SerializeToString())
-    check_external_data(folder, folder / "graph.onnx")
 
 
 def test_opening_does_not_read_the_weights(folder: Path) -> None:

@@ -59,6 +59,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json"],
+)
+def test_what_decides_the_text_is_listed(folder: Path, name: str) -> None:
+    """No size, hash or path check covers what the manifest does not know."""
+    raw = json.loads((folder / ENGINE_FILE).read_text())
+    raw["files"].pop(name, None)
+    raw["tokenizer"] = []
+    raw["generation"] = None
+    (folder / ENGINE_FILE).write_text(json.dumps(raw))
+    (folder / name).touch()
+    message = f"{name} is a (tokenizer|generation) file that engine.json does not list"
+    with pytest.raises(EngineError, match=message):
+        EngineFolder.open(folder)
+
+
 def _change(folder: Path, *keys: str, value: object) -> None:
     raw = json.loads((folder / ENGINE_FILE).read_text())
     place = raw

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import re
 import resource
@@ -11,9 +12,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
 
 import pytest
 
+from gemma_deploy import folder_exchange, staging
 from gemma_deploy.errors import ExportError, OutputExistsError
 from gemma_deploy.staging import _clean_up_after_the_dead, check_replaceable, staged_folder
 
@@ -31,6 +35,12 @@ def ours(output: Path) -> Path:
     output.mkdir()
     (output / MARK).write_text("old")
     return output
+
+
+@pytest.fixture
+def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot exchange two folders in one step."""
+    monkeypatch.setattr(staging, "exchange_folders", lambda *_: False)
 
 
 @pytest.fixture
@@ -231,6 +241,7 @@ def test_an_output_made_by_someone_else_meanwhile_is_kept(output: Path) -> None:
     assert siblings(output) == ["out"]
 
 
+@pytest.mark.usefixtures("without_exchange")
 def test_the_old_folder_returns_when_the_new_one_cannot_be_renamed(
     ours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +275,9 @@ with staged_folder(Path(sys.argv[1]), force=True, replaceable="manifest.json") a
 KILLED_WHILE_EXCHANGING = """
 import os, signal, sys
 from pathlib import Path
+from gemma_deploy import folder_exchange, staging
 from gemma_deploy.staging import staged_folder
+staging.exchange_folders = lambda *_: False
 rename = os.rename
 def rename_and_die(source, target):
     rename(source, target)
@@ -314,7 +327,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def test_only_partial_folders_that_nobody_holds_are_removed(output: Path) -> None:
     kept = {".out.partial-1-abc", ".other.partial-1-abc", ".out.partial-mine", "out.partial"}
-    make_folders(output, *kept, f".out.partial-{os.getpid()}-abc", ".out.partial-1-def.trash")
+    make_folders(output, *kept, f".out.partial-{os.getpid()}-abc", ".out.partial-1-def")
     (output.parent / ".out.partial-1-123.old").symlink_to("out.partial")
     with held(output.parent / ".out.partial-1-abc"):
         write(output)
@@ -362,6 +375,7 @@ def test_a_folder_removed_before_it_was_locked_is_made_again(
     assert siblings(output) == ["out"]
 
 
+@pytest.mark.usefixtures("without_exchange")
 def test_what_a_running_process_set_aside_is_not_put_back(
     ours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +427,7 @@ def test_half_of_an_old_folder_is_never_put_back(
         ("on the disk", False),
     ],
 )
+@pytest.mark.usefixtures("without_exchange")
 def test_ctrl_c_between_the_steps_of_publishing_undoes_them(
     output: Path, monkeypatch: pytest.MonkeyPatch, event: str, is_replacing: bool
 ) -> None:
@@ -442,14 +457,20 @@ def test_ctrl_c_between_the_steps_of_publishing_undoes_them(
     assert not is_replacing or (output / MARK).read_text() == "left"
 
 
+@pytest.mark.parametrize("is_exchanged", [True, False])
 def test_everything_is_on_the_disk_before_the_old_folder_goes(
-    ours: Path, monkeypatch: pytest.MonkeyPatch
+    ours: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_exchanged: bool,
 ) -> None:
     rename, fsync, rmtree = os.rename, os.fsync, shutil.rmtree
+    exchange = folder_exchange.exchange_folders
     events: list[str] = []
 
     def record_rename(source: Path, target: Path) -> None:
-        events.append(f"rename to {Path(target).suffix or Path(target).name}")
+        suffix = Path(target).suffix
+        name = "staging" if suffix.startswith(".partial-") else suffix or Path(target).name
+        events.append(f"rename to {name}")
         rename(source, target)
 
     def record_fsync(handle: int) -> None:
@@ -458,20 +479,102 @@ def test_everything_is_on_the_disk_before_the_old_folder_goes(
         fsync(handle)
 
     def record_rmtree(folder: Path, *, ignore_errors: bool) -> None:
-        events.append(f"remove {folder.suffix}")
+        events.append(f"remove {(folder / MARK).read_text()}")
         rmtree(folder, ignore_errors=ignore_errors)
+
+    def record_exchange(one: Path, other: Path) -> bool:
+        events.append("exchange" if is_exchanged else "no exchange")
+        return is_exchanged and exchange(one, other)
 
     with staged_folder(ours, force=True, replaceable=MARK) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").touch()
+        (folder / MARK).write_text("new")
         monkeypatch.setattr(os, "rename", record_rename)
         monkeypatch.setattr(os, "fsync", record_fsync)
         monkeypatch.setattr(shutil, "rmtree", record_rmtree)
-    first, second = events.index("rename to .old"), events.index("remove .trash")
-    assert sorted(events[:first]) == ["fsync staging", "fsync sub", "fsync weights"]
-    parent = ours.parent.name
-    exchange = ["rename to .old", "rename to out", f"fsync {parent}", "rename to .trash"]
-    assert events[first:second] == exchange
+        monkeypatch.setattr(staging, "exchange_folders", record_exchange)
+    parent = f"fsync {ours.parent.name}"
+    renames = ["no exchange", "rename to .old", "rename to out", parent, "rename to staging"]
+    steps = ["exchange", parent] if is_exchanged else renames
+    assert sorted(events[:4]) == [f"fsync {MARK}", "fsync staging", "fsync sub", "fsync weights"]
+    assert events[4:] == [*steps, "remove old"]
+
+
+def replace_at(output: Path, step: int, act: Callable[[], None], *modules: ModuleType) -> bool:
+    """Replace an output; act once, before the step-th line that is run of the modules.
+
+    Returns:
+        Whether so many lines were run.
+    """
+    files = {module.__file__ for module in modules}
+    num_lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal num_lines
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            num_lines += 1
+            if num_lines == step:
+                act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with staged_folder(output, force=True, replaceable=MARK) as folder:
+            (folder / MARK).write_text("new")
+            (folder / "sub").mkdir()
+    finally:
+        sys.settrace(before)
+    return num_lines >= step
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_exchanged", [True, False])
+def test_ctrl_c_at_any_point_leaves_one_whole_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_exchanged: bool,
+) -> None:
+    if not is_exchanged:
+        monkeypatch.setattr(staging, "exchange_folders", lambda *_: False)
+    seen = set()
+    for step in range(1, 10_000):
+        output = tmp_path / str(step) / "out"
+        write(output)
+        (output / MARK).write_text("old")
+        try:
+            if not replace_at(output, step, ctrl_c, staging, folder_exchange, shutil):
+                break
+        except KeyboardInterrupt:
+            pass
+        seen.add((output / MARK).read_text())
+        assert siblings(output) == ["out"], step
+    assert step > 50
+    assert seen == {"old", "new"}
+
+
+def test_a_process_killed_at_any_point_leaves_one_whole_folder(ours: Path) -> None:
+    seen = []
+    for step in range(1, 10_000):
+        (ours / MARK).write_text("old")
+        child = os.fork()
+        if not child:
+            kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+            os._exit(replace_at(ours, step, kill, staging, folder_exchange))
+        _, status = os.waitpid(child, 0)
+        seen.append((ours / MARK).read_text())
+        if not os.WIFSIGNALED(status):
+            break
+    assert len(seen) > 50
+    assert set(seen) == {"old", "new"}
+    write(ours, force=True)
+    assert siblings(ours) == ["out"]
 
 
 def test_windows_flushes_files_it_may_write_and_no_folders(

@@ -126,8 +126,8 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(
         if what == "quantizing layers" and done == 1:
             raise StoppedError
 
-    with pytest.raises(StoppedError):
-        run(checkpoint, rows, formats, WorkFolder(tmp_path / "work", {}), stop_at_layer_1)
+    with pytest.raises(StoppedError), WorkFolder(tmp_path / "work", {}) as work:
+        run(checkpoint, rows, formats, work, stop_at_layer_1)
     kept = {
         path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.safetensors")
     }

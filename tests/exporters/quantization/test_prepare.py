@@ -83,6 +83,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "gptq", "keep": ONE_LAYER, "calibration_tokens": 512}
     found = prepared(tmp_path / "work", **options)
+    assert found.work is not None
+    found.work.close()
     path = tmp_path / "work" / "layer-4.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import math
 import sys
 
@@ -26,6 +27,48 @@ class TestJson:
     def test_never_holds_what_json_cannot(self, number: float) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):
             console.emit_json({"x": number})
+
+
+ESCAPE = "gptq\x1b]0;pwned\x07\x1b[31m\u202e"
+SHOWN = "gptq\\u001b]0;pwned\\u0007\\u001b[31m\\u202e"
+
+
+class TestControlCharacters:
+    def test_of_names_and_texts_are_escaped(self, capsys: pytest.CaptureFixture[str]) -> None:
+        console.say(ESCAPE)
+        console.emit_json({"x": ESCAPE})
+        console.emit_table([(ESCAPE, f"{ESCAPE}\n  forged  row")], title=ESCAPE)
+        console.emit_columns([("a", "b"), (ESCAPE, ESCAPE)], title=ESCAPE)
+        console.notice(ESCAPE)
+        console.warn(ESCAPE)
+        with console.progress() as show:
+            show(ESCAPE, 0, 1)
+
+        out, err = capsys.readouterr()
+        assert out.splitlines() == [
+            SHOWN,
+            json.dumps({"x": SHOWN}).replace("\\\\", "\\"),
+            SHOWN,
+            f"  {SHOWN}  {SHOWN}\\u000a  forged  row",
+            SHOWN,
+            f"  a{' ' * len(SHOWN)}{' ' * len(SHOWN)}b",
+            f"  {SHOWN}  {SHOWN}",
+        ]
+        assert err.splitlines() == [SHOWN, f"Warning: {SHOWN}", f"{SHOWN} ..."]
+
+    def test_of_logs_are_escaped(self) -> None:
+        record = logging.LogRecord("x", logging.WARNING, "", 1, "%s", (ESCAPE,), None)
+        assert console.VisibleFormatter().format(record) == SHOWN
+
+    @pytest.mark.parametrize("is_terminal", [True, False])
+    def test_of_a_models_words_are_escaped_on_a_terminal(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+    ) -> None:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+        console.speak("a\x1b[2J")
+        console.speak("\u202eb", ends_line=True)
+        words = "a\\u001b[2J\u202eb\n" if is_terminal else "a\x1b[2J\u202eb\n"
+        assert capsys.readouterr().out == words
 
 
 class TestProgress:

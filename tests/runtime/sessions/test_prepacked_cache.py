@@ -229,3 +229,53 @@ def test_too_little_space_is_an_error_before_anything_is_written(
     with pytest.raises(SessionError, match=message):
         cache.write(OTHER, fill, source=GRAPH, need_bytes=free)
     assert cache.find(OTHER) is None
+
+
+@pytest.mark.parametrize(
+    "place", ["", "ENTRY", "ENTRY/model.onnx", "ENTRY/weights.bin", "ENTRY/entry.json"]
+)
+@pytest.mark.parametrize("change", ["mode", "owner"])
+def test_what_other_users_can_change(cache: PrepackedCache, place: str, change: str) -> None:
+    entry = write(cache)
+    assert cache.others_access(KEY) is None
+    path = cache.folder / place.replace("ENTRY", entry.name)
+    if change == "mode":
+        path.chmod(path.stat().st_mode | 0o020)
+    elif os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    else:
+        pytest.skip("only root may give files away")
+    reason = cache.others_access(KEY)
+    assert reason is not None
+    assert reason.startswith(f"{path} ")
+
+
+def test_a_folder_that_others_may_replace(cache: PrepackedCache) -> None:
+    write(cache)
+    cache.folder.parent.chmod(0o777)
+    assert cache.others_access(KEY) == (
+        f"{cache.folder.parent} may be written by other users (mode 777)"
+    )
+    cache.folder.parent.chmod(0o755)
+    cache.folder.rename(cache.folder.with_name("other"))
+    cache.folder.symlink_to("other")  # the user's own link
+    assert cache.others_access(KEY) is None
+
+
+def test_an_entry_that_is_a_link(cache: PrepackedCache, tmp_path: Path) -> None:
+    entry = write(cache)
+    entry.rename(tmp_path / "elsewhere")
+    entry.symlink_to(tmp_path / "elsewhere")
+    assert cache.others_access(KEY) == f"{entry} is a symbolic link"
+    assert cache.entries() == []
+    assert cache.clear() == 0
+    assert (tmp_path / "elsewhere" / ENTRY_FILE).exists()
+
+
+def test_what_is_written_is_the_owners_whatever_the_umask(cache: PrepackedCache) -> None:
+    before = os.umask(0o002)
+    try:
+        write(cache)
+    finally:
+        os.umask(before)
+    assert cache.others_access(KEY) is None

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.errors import GemmaDeployWarning
 from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.exporters.quantization.options import QuantizationOptions
 from gemma_deploy.file_records import sha256_of
@@ -73,9 +74,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
     original = prepacked_graph._pack
 
-    def pack(graph: Path, spec: Any, folder: Path, threads: int | None) -> Any:
+    def pack(graph: Path, spec: Any, snapshot: Any, folder: Path, threads: int | None) -> Any:
         folders.append(folder)
-        return original(graph, spec, folder, threads)
+        return original(graph, spec, snapshot, folder, threads)
 
     monkeypatch.setattr(prepacked_graph, "_pack", pack)
     return folders
@@ -248,6 +249,24 @@ def test_a_folder_that_can_only_be_read_serves(
     assert np.array_equal(logits(copy, cache, use_decode_graph=True), expected)
     (record,) = caplog.records
     assert "decode.onnx is loaded without prepacked weights" in record.getMessage()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_that_others_can_change_is_not_used(
+    bundle: Bundle,
+    cache: PrepackedCache,
+    packed: list[Path],
+    is_there: bool,
+) -> None:
+    expected = logits(bundle, cache if is_there else None)
+    packed.clear()
+    cache.folder.mkdir(exist_ok=True)
+    cache.folder.chmod(0o777)
+    message = r"without prepacked weights: .*prepacked may be written by other users \(mode 777\)"
+    with pytest.warns(GemmaDeployWarning, match=message):
+        assert np.array_equal(logits(bundle, cache), expected)
+    assert packed == []
+    assert len(list(cache.folder.iterdir())) == is_there
 
 
 def test_who_finds_another_writing_runs_without(

@@ -1,0 +1,185 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import NodeProto, TensorProto, helper
+
+from gemma_deploy.errors import BundleError
+from gemma_deploy.graph_checks import check_graph
+
+LONG_TENSOR = (1 << 20) + 1
+
+
+def check(
+    folder: Path, *nodes: NodeProto, change: Callable[[onnx.ModelProto], object] = lambda _: None
+) -> None:
+    numbers = {"zero": 0, "one": 1, "large": LONG_TENSOR, "wide": 1 << 20}
+    graph = helper.make_graph(
+        list(nodes),
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, ["B"])],
+        [],
+        [helper.make_tensor(name, TensorProto.INT64, [], [x]) for name, x in numbers.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
+    change(model)
+    path = folder / "prefill.onnx"
+    path.write_bytes(model.SerializeToString())
+    check_graph(folder, path, "weights.safetensors")
+
+
+def branch(*nodes: NodeProto) -> onnx.GraphProto:
+    return helper.make_graph(list(nodes), "b", [], [])
+
+
+def an_if(*nodes: NodeProto) -> NodeProto:
+    return helper.make_node("If", ["c"], ["y"], then_branch=branch(*nodes), else_branch=branch())
+
+
+def constant(name: str, *numbers: int) -> NodeProto:
+    return helper.make_node("Constant", [], [name], value_ints=list(numbers))
+
+
+@pytest.mark.parametrize(
+    ("op_type", "domain"),
+    [
+        ("Loop", ""),
+        ("Scan", ""),
+        ("ConstantOfShape", ""),
+        ("Tile", ""),
+        ("Pad", ""),
+        ("Resize", ""),
+        ("RandomNormal", ""),
+        ("SequenceMap", ""),
+        ("NoSuchOperator", ""),
+        ("Add", "com.microsoft"),
+        ("MatMul", "org.pytorch.aten"),
+    ],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_operators_of_others(tmp_path: Path, op_type: str, domain: str, is_nested: bool) -> None:
+    node = helper.make_node(op_type, ["x"], ["bomb"], domain=domain)
+    name = f"{domain}.{op_type}" if domain else op_type
+    message = f"prefill.onnx: node 'bomb' is the operator '{name}': gemma-deploy has not written"
+    with pytest.raises(BundleError, match=message):
+        check(tmp_path, an_if(node) if is_nested else node)
+
+
+def test_an_if_inside_of_another_one(tmp_path: Path) -> None:
+    check(tmp_path, an_if(helper.make_node("Add", ["x", "x"], ["y"])))
+    with pytest.raises(BundleError, match="node 'y', If, is inside of another one"):
+        check(tmp_path, an_if(an_if()))
+
+
+def test_graphs_in_other_nodes(tmp_path: Path) -> None:
+    node = helper.make_node("Add", ["x", "x"], ["y"], body=branch())
+    with pytest.raises(BundleError, match="node 'y' has the attribute 'body'"):
+        check(tmp_path, node)
+    node = helper.make_node("If", ["c"], ["y"], branches=[branch()])
+    with pytest.raises(BundleError, match="node 'y' has the attribute 'branches'"):
+        check(tmp_path, node)
+
+
+def function(name: str, *nodes: NodeProto, domain: str = "gemma_deploy") -> onnx.FunctionProto:
+    return helper.make_function(domain, name, ["x"], ["y"], nodes, [helper.make_opsetid("", 24)])
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ([function("Other")], "it has the function 'Other'"),
+        ([function("Add", domain="")], "it has the function 'Add'"),
+        ([function("GemmaAttention")] * 2, "it has several functions"),
+        (
+            [function("GemmaAttention", helper.make_node("Loop", ["x"], ["y"]))],
+            "node 'y' is the operator 'Loop'",
+        ),
+        (
+            [
+                function(
+                    "GemmaAttention",
+                    helper.make_node("GemmaAttention", ["x"], ["y"], domain="gemma_deploy"),
+                )
+            ],
+            "node 'y', GemmaAttention, is inside of another one",
+        ),
+    ],
+)
+def test_functions(tmp_path: Path, functions: list[onnx.FunctionProto], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        check(tmp_path, change=lambda model: model.functions.extend(functions))
+
+
+def test_what_no_export_has(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="sparse tensors or a training graph"):
+        check(tmp_path, change=lambda model: model.training_info.add())
+    with pytest.raises(BundleError, match="sparse tensors or a training graph"):
+        check(tmp_path, change=lambda model: model.graph.sparse_initializer.add())
+    with pytest.raises(BundleError, match=r"it imports the operators of 'ai.onnx.training'"):
+        check(tmp_path, change=lambda model: model.opset_import.add(domain="ai.onnx.training"))
+
+
+def test_sizes_of_tensors_are_counted_to(tmp_path: Path) -> None:
+    check(
+        tmp_path,
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Squeeze", ["shape"], ["size"]),
+        helper.make_node("Range", ["zero", "size", "one"], ["y"]),
+        constant("width", 256),
+        helper.make_node("Concat", ["shape", "width"], ["target"], axis=0),
+        helper.make_node("Expand", ["x", "target"], ["z"]),
+    )
+
+
+@pytest.mark.parametrize("limit", ["large", "x", "sum"])
+def test_other_numbers_are_not_counted_to(tmp_path: Path, limit: str) -> None:
+    with pytest.raises(BundleError, match="node 'y', Range, counts to what is no tensor's size"):
+        check(
+            tmp_path,
+            helper.make_node("Mul", ["wide", "wide"], ["sum"]),
+            helper.make_node("Range", ["zero", limit, "one"], ["y"]),
+        )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [constant("target", 1 << 20, 1 << 20)],
+        [constant("target", LONG_TENSOR)],
+        [constant("a", 1 << 20), helper.make_node("Concat", ["a", "a"], ["target"], axis=0)],
+        [helper.make_node("Mul", ["wide", "wide"], ["target"])],
+        [helper.make_node("Identity", ["x"], ["target"])],
+    ],
+)
+def test_expanding_beyond_any_model(tmp_path: Path, shape: list[NodeProto]) -> None:
+    with pytest.raises(BundleError, match="node 'y', Expand, goes beyond any size of a model"):
+        check(tmp_path, *shape, helper.make_node("Expand", ["x", "target"], ["y"]))
+
+
+def test_joining_again_and_again(tmp_path: Path) -> None:
+    twice = helper.make_node("Concat", ["x", "x"], ["twice"], axis=0)
+    check(tmp_path, twice)
+    between = helper.make_node("Add", ["twice", "twice"], ["sum"])
+    again = helper.make_node("Concat", ["sum", "sum"], ["y"], axis=0)
+    with pytest.raises(BundleError, match="node 'y', Concat, joins what was joined before"):
+        check(tmp_path, twice, between, again)
+    with pytest.raises(BundleError, match="node 'y', Concat, joins what was joined before"):
+        check(tmp_path, helper.make_node("Concat", ["x"] * 9, ["y"], axis=0))
+
+
+@pytest.mark.parametrize("content", [b"no graph", None])
+def test_a_file_that_is_no_graph(tmp_path: Path, content: bytes | None) -> None:
+    graph = tmp_path / "graph.onnx"
+    if content is not None:
+        graph.write_bytes(content)
+    with pytest.raises(BundleError, match=r"graph.onnx cannot be read as an ONNX model"):
+        check_graph(tmp_path, graph, "weights.safetensors")
+
+
+def test_a_name_that_means_another_format(tmp_path: Path) -> None:
+    """ONNX Runtime reads a file that is called so as its own format, which nothing here checks."""
+    graph = tmp_path / "graph.ort"
+    graph.write_bytes(b"")
+    with pytest.raises(BundleError, match=r"graph.ort: its name does not end in .onnx"):
+        check_graph(tmp_path, graph, "weights.safetensors")
