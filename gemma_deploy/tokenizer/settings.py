@@ -9,8 +9,9 @@ from typing import Any, Final
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.quoting import shortened
 
+TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_FILES: Final = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
