@@ -15,6 +15,7 @@ from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.errors import BundleError, ExportError
+from gemma_deploy.exporters.compact_tokenizer import compact_tokenizer
 from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.tracing import trace_model
 from gemma_deploy.exporters.weights import StoredTensor, write_weights
@@ -25,7 +26,7 @@ from gemma_deploy.manifest import MANIFEST_FILE, Manifest
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
 from gemma_deploy.quantization.choices import CHOICES_FILE, Choice, choices_json
 from gemma_deploy.residual_scaling import ResidualScaling
-from gemma_deploy.tokenizer import GemmaTokenizer
+from gemma_deploy.tokenizer import TOKENIZER_FILE, GemmaTokenizer
 
 OnProgress = Callable[[str, int, int], object]
 """(what is being done, done, total); bytes while writing weights, steps otherwise."""
@@ -160,7 +161,7 @@ def _write_manifest(
 ) -> None:
     """Copy the small files, measure everything, and write the manifest last."""
     source = plan.source
-    tokenizer = [_copied(path, folder) for path in GemmaTokenizer.files(source.folder)]
+    tokenizer = [_copied_tokenizer(path, folder) for path in GemmaTokenizer.files(source.folder)]
     generation = source.folder / GENERATION_FILE
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and is_licence(path.name):
@@ -189,6 +190,16 @@ def _write_manifest(
 
 def _copied(path: Path, folder: Path) -> str:
     shutil.copyfile(path, folder / path.name)
+    return path.name
+
+
+def _copied_tokenizer(path: Path, folder: Path) -> str:
+    if path.name != TOKENIZER_FILE:
+        return _copied(path, folder)
+    compact = compact_tokenizer(path.read_text(encoding="utf-8"))
+    if compact is None:
+        return _copied(path, folder)
+    (folder / path.name).write_bytes(compact.encode())
     return path.name
 
 

@@ -9,6 +9,7 @@ from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.batch_runner import BatchRunner, OnProgress, ignore
 from gemma_deploy.runtime.capacity import check_max_seq_len
 from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS, never
+from gemma_deploy.runtime.opening import open_model
 from gemma_deploy.runtime.prompt_runner import PromptRunner
 from gemma_deploy.runtime.prompts import (
     Message,
@@ -20,7 +21,6 @@ from gemma_deploy.runtime.prompts import (
 )
 from gemma_deploy.runtime.request import GenerationOptions, whole_number, with_overrides
 from gemma_deploy.runtime.result import GenerationResult
-from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
 from gemma_deploy.runtime.streaming import TextStream
@@ -102,12 +102,11 @@ class TextGenerator:
         Args:
             source: The model.
             max_seq_len: Capacity of the KV cache, in tokens; None for what each call needs.
-            **session_options: Further keyword arguments of `create_session`.
+            **session_options: Keyword arguments of `open_model`.
         """
         check_max_seq_len(max_seq_len, source.max_seq_len)
         source.generation_defaults()  # before a large model is loaded
-        tokenizer = GemmaTokenizer.from_pretrained(source.folder)
-        session = create_session(source, max_seq_len=max_seq_len, **session_options)
+        session, tokenizer = open_model(source, max_seq_len=max_seq_len, **session_options)
         try:
             return cls(session, tokenizer, source, max_seq_len=max_seq_len)
         except BaseException:

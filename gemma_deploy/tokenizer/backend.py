@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.limits import MAX_TOKENIZER_BYTES
 from gemma_deploy.quoting import shortened_text
+from gemma_deploy.tokenizer.settings import TOKENIZER_FILE
 
 MINIMAL_VOCABULARY: Final = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
@@ -51,7 +52,7 @@ def read_backend(folder: Path) -> Tokenizer:
     Raises:
         TokenizerError: The file is missing, cannot be read, or holds another family's tokenizer.
     """
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise TokenizerError(_missing(folder))
     if path.stat().st_size > MAX_TOKENIZER_BYTES:

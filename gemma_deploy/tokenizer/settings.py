@@ -11,8 +11,9 @@ from gemma_deploy.json_files import read_bytes, read_json
 from gemma_deploy.limits import MAX_CONFIG_BYTES, MAX_METADATA_BYTES
 from gemma_deploy.quoting import shortened
 
+TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_FILES: Final = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

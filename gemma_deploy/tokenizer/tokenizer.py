@@ -19,7 +19,11 @@ from gemma_deploy.tokenizer.chat_template import ChatTemplate
 from gemma_deploy.tokenizer.content_forms import contents_as_read
 from gemma_deploy.tokenizer.control_tokens import split_at
 from gemma_deploy.tokenizer.conversation import Conversation
-from gemma_deploy.tokenizer.settings import TokenizerSettings, tokenizer_files
+from gemma_deploy.tokenizer.settings import (
+    TOKENIZER_FILE,
+    TokenizerSettings,
+    tokenizer_files,
+)
 from gemma_deploy.tokenizer.streaming import StreamingDetokenizer
 from gemma_deploy.tokenizer.turn_tokens import TurnTokens, find_turn_tokens
 from gemma_deploy.tokenizer.vocabulary import TURN_TOKENS, Vocabulary
@@ -106,7 +110,7 @@ class GemmaTokenizer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             settings.write(folder)
-            (folder / "tokenizer.json").write_bytes(self._backend.to_str(pretty=True).encode())
+            (folder / TOKENIZER_FILE).write_bytes(self._backend.to_str(pretty=True).encode())
         except OSError as err:
             raise TokenizerError(
                 f"The tokenizer cannot be saved in {folder}: {err}. Expected a writable folder."

@@ -1,6 +1,6 @@
 """A bundle on ONNX Runtime, on a CPU or a CUDA device: `OnnxRuntimeSession`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Self
 
@@ -61,6 +61,7 @@ class OnnxRuntimeSession:
         use_decode_graph: bool = False,
         graphs: Mapping[Phase, GraphSource] | None = None,
         prepacked_cache: PrepackedCache | None = None,
+        before_load: Callable[[], object] = lambda: None,
     ) -> None:
         """Load the bundle.
 
@@ -72,6 +73,7 @@ class OnnxRuntimeSession:
             graphs: Other graphs to run: of another lowering, or rewritten. None for those that the
                 bundle has for ONNX Runtime.
             prepacked_cache: Where packed weights of the CPU's kernels are kept; None for nowhere.
+            before_load: Called when nothing is left but to load the graphs.
 
         Raises:
             BackendUnavailableError: CUDA was asked for and does not work here, or not in float32.
@@ -89,6 +91,7 @@ class OnnxRuntimeSession:
         self._continues_rows_in_turn = any(x.continues_rows_in_turn for x in sources.values())
         self._spec = sources["prefill"].spec
         load = partial(OnnxRuntimeGraph, threads=threads, prepacked_cache=prepacked_cache)
+        before_load()
         self._prefill = load(sources["prefill"], device)
         self.device = self._prefill.device
         self._decode = load(sources["decode"], self.device) if use_decode_graph else None

@@ -28,6 +28,7 @@ class SessionRequest:
         max_seq_len: The KV cache that will be wanted, in tokens; None for any.
         prepacked_cache: Folder where ONNX Runtime's packed weights are kept; None for nowhere.
         dtype: What a checkpoint is loaded in; None for its own.
+        before_load: Called by ONNX Runtime's backend when nothing is left but to load the graphs.
     """
 
     source: ModelSource
@@ -36,12 +37,13 @@ class SessionRequest:
     max_seq_len: int | None
     prepacked_cache: Path | None = None
     dtype: DType | None = None
+    before_load: Callable[[], object] = lambda: None
 
 
 Creator = Callable[[SessionRequest], Session]
 
 
-def create_session(
+def create_session(  # noqa: PLR0913  # all but the model by name
     source: ModelSource,
     *,
     backend: str = "auto",
@@ -50,6 +52,7 @@ def create_session(
     max_seq_len: int | None = None,
     prepacked_cache: Path | None = None,
     dtype: object = None,
+    before_load: Callable[[], object] = lambda: None,
 ) -> Session:
     """Load a model.
 
@@ -66,6 +69,8 @@ def create_session(
             None for nowhere. Other backends have no use for it.
         dtype: What a checkpoint is loaded in, as `dtype_name` reads it; None for its own. A bundle or
             an engine has its own: another one is refused.
+        before_load: Called by ONNX Runtime's backend when nothing is left but to load the graphs: Python
+            can then do something else meanwhile, in another thread.
 
     Raises:
         RequestError: An unknown backend or device, a backend that cannot run this folder, too many
@@ -92,6 +97,7 @@ def create_session(
         max_seq_len=max_seq_len,
         prepacked_cache=prepacked_cache,
         dtype=name,
+        before_load=before_load,
     )
     session = BACKENDS[backend](request)
     try:
@@ -127,6 +133,7 @@ def _onnxruntime(request: SessionRequest) -> Session:
         device=request.device,
         threads=request.threads,
         prepacked_cache=None if cache is None else PrepackedCache(folder=cache),
+        before_load=request.before_load,
     )
 
 

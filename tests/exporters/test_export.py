@@ -25,6 +25,7 @@ from gemma_deploy.errors import (
     RequestError,
     TokenizerError,
 )
+from gemma_deploy.exporters.compact_tokenizer import compact_tokenizer
 from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.graph_checks import OPERATORS
 from gemma_deploy.graph_spec import LOWERINGS, PHASES, DType, Lowering, Phase, Precision
@@ -48,6 +49,7 @@ STAYING = {"README.md": "about", "training_args.json": "{}", "pytorch_model.bin"
 _EXPORT_AND_WAIT = """
 import sys, time
 from pathlib import Path
+from gemma_deploy.exporters.compact_tokenizer import compact_tokenizer
 from gemma_deploy.exporters.export import export_checkpoint
 
 def wait(*_):
@@ -152,8 +154,16 @@ def test_the_files_of_a_bundle(export: Export) -> None:
     made = {"manifest.json", "prefill.onnx", "decode.onnx", "weights.safetensors"}
     made |= {"prefill.tensorrt.onnx", "decode.tensorrt.onnx"}
     assert set(_names(export.bundle.folder)) == made | TRAVELLING.keys()
-    for name, text in TRAVELLING.items():
-        assert (export.bundle.folder / name).read_text() == text
+    for name in TRAVELLING.keys() - {"tokenizer.json"}:
+        assert (export.bundle.folder / name).read_text() == TRAVELLING[name]
+
+
+def test_the_tokenizer_of_a_bundle_is_the_checkpoints_in_a_shorter_form(export: Export) -> None:
+    made, given = (
+        (folder / "tokenizer.json").read_text() for folder in (export.bundle.folder, TINY_GEMMA)
+    )
+    assert made == compact_tokenizer(given)
+    assert len(made) < len(given) / 2
 
 
 def test_the_manifest_tells_the_truth(export: Export) -> None:

@@ -13,7 +13,7 @@ import transformers
 import gemma_deploy
 from gemma_deploy import hub
 from gemma_deploy.errors import BackendUnavailableError, OutputExistsError, RequestError
-from gemma_deploy.runtime import text_generator
+from gemma_deploy.runtime import opening
 from gemma_deploy.runtime.sessions.registry import create_session
 from gemma_deploy.tokenizer import GemmaTokenizer
 
@@ -53,11 +53,11 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return what sessions are created with from now on."""
     options: list[dict[str, Any]] = []
 
-    def create(source: Any, **given: Any) -> Any:
+    def create(source: Any, *, before_load: Any, **given: Any) -> Any:
         options.append(given)
-        return create_session(source, **given)
+        return create_session(source, before_load=before_load, **given)
 
-    monkeypatch.setattr(text_generator, "create_session", create)
+    monkeypatch.setattr(opening, "create_session", create)
     return options
 
 
