@@ -24,6 +24,7 @@ from gemma_deploy.graph_spec import (
     graph_spec,
 )
 from gemma_deploy.install_hint import install_line
+from gemma_deploy.quantization.divergence import Divergence
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.residual_scaling import ResidualScaling
 
@@ -43,6 +44,8 @@ class Manifest:
         formats: How quantized matrices are stored, by name; empty in a dense bundle.
         method: What found the codes: `rtn`, `awq` or `gptq`, or the name of the tool that a
             checkpoint was quantized with; None in a dense bundle.
+        divergence: How far the quantized weights are from the checkpoint's; None where the export
+            did not measure it.
         scaling: What the weights are divided by so that float16 does not overflow; None for
             nothing.
         tokenizer: Paths of the tokenizer's files.
@@ -58,6 +61,7 @@ class Manifest:
     weights: str
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     method: str | None = None
+    divergence: Divergence | None = None
     scaling: ResidualScaling | None = None
     tokenizer: tuple[str, ...]
     generation: str | None
@@ -133,6 +137,7 @@ class Manifest:
             "quantization": {
                 "method": self.method,
                 "formats": {name: str(text) for name, text in self.formats.items()},
+                "divergence": None if self.divergence is None else self.divergence.to_dict(),
             }
             if self.formats
             else None,
@@ -198,6 +203,7 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
         weights=str(raw["weights"]),
         formats=formats,
         method=method,
+        divergence=_divergence(raw.get("quantization")),
         scaling=_scaling(raw, config),
         tokenizer=tuple(map(str, raw["tokenizer"])),
         generation=None if raw["generation"] is None else str(raw["generation"]),
@@ -224,6 +230,13 @@ def _quantization(
     if not isinstance(raw["method"], str):
         raise TypeError(f"method is {raw['method']!r}, expected a name")
     return formats, raw["method"]
+
+
+def _divergence(raw: Mapping[str, Any] | None) -> Divergence | None:
+    """Return what was measured; bundles made before it was say nothing."""
+    if raw is None or raw.get("divergence") is None:
+        return None
+    return Divergence.from_dict(raw["divergence"])
 
 
 def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> ResidualScaling | None:
