@@ -36,9 +36,9 @@ for TensorRT graphs in it.
 A quantized bundle is compared with two things. Its graphs must agree with its own weights, codes times
 scales in float32, to the same tolerances: ONNX Runtime's graphs then run without rounding activations to
 8 bits, as they otherwise do (about 0.01 of the largest logit). And the distance of the bundle as it runs
-from its checkpoint is measured: past a mean KL of 0.1 nats it is a warning that says what would be closer, and
---max-kl bounds it. That takes minutes for a model of 270M parameters: ONNX
-Runtime without its fast 8-bit path is slow. Fewer --tokens take less.
+from its checkpoint is measured: a mean KL past 0.1 nats is a warning that says what would be closer, and
+--max-kl bounds it. That takes minutes for a model of 270M parameters: ONNX Runtime without its fast 8-bit
+path is slow. Fewer --tokens take less.
 
 The checkpoint's logits are those of transformers' AutoModelForCausalLM, which reads the checkpoint by
 itself: what the export read wrong shows as a difference. Without transformers that is not shown, which
