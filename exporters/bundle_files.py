@@ -15,6 +15,7 @@ from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
 from gemma_deploy.errors import BundleError, ExportError
+from gemma_deploy.exporters.calibration.divergence import measure_divergence
 from gemma_deploy.exporters.compact_tokenizer import compact_tokenizer
 from gemma_deploy.exporters.onnx_graphs import write_graph
 from gemma_deploy.exporters.tracing import trace_model
@@ -23,8 +24,11 @@ from gemma_deploy.file_records import FileRecord, record_file
 from gemma_deploy.graph_checks import check_graph
 from gemma_deploy.graph_spec import PHASES, DType, Lowering, Phase, Precision, graph_name
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest
+from gemma_deploy.model.bundle_weights import BundleWeights
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
 from gemma_deploy.quantization.choices import CHOICES_FILE, Choice, choices_json
+from gemma_deploy.quantization.divergence import Divergence
+from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.residual_scaling import ResidualScaling
 from gemma_deploy.tokenizer import TOKENIZER_FILE, GemmaTokenizer
 
@@ -56,6 +60,8 @@ class BundlePlan:
         scaling: What weights are divided by; None for nothing.
         overflow: Why; None where nothing computes in float16.
         choices: What formats were chosen by sensitivity; empty where they were given.
+        measured_rows: What the written weights are compared with the checkpoint on, int64 [R, S];
+            None for no comparison.
     """
 
     source: Checkpoint
@@ -67,6 +73,12 @@ class BundlePlan:
     scaling: ResidualScaling | None
     overflow: OverflowReport | None
     choices: tuple[Choice, ...] = ()
+    measured_rows: Tensor | None = None
+
+    @property
+    def formats(self) -> dict[str, WeightFormat]:
+        """How quantized matrices are stored, by name."""
+        return {x.name: x.format for x in self.tensors if x.format.is_quantized}
 
     @property
     def weights_bytes(self) -> int:
@@ -84,9 +96,11 @@ def write_bundle(plan: BundlePlan, folder: Path, on_progress: OnProgress) -> Non
 
     Raises:
         CheckpointError: A weight is not finite, or the checkpoint cannot be read.
-        ExportError: A weight is too large for its dtype, or torch failed.
+        ExportError: A weight is too large for its dtype, what was written gives no numbers, or torch
+            failed.
     """
     weights, record = _write_weights(plan, folder, on_progress)
+    divergence = _measured(plan, folder, on_progress)
     graphs = _write_graphs(plan, weights, folder, on_progress)
     on_progress("finishing", len(PHASES), len(PHASES))
     if plan.overflow is not None:
@@ -94,7 +108,7 @@ def write_bundle(plan: BundlePlan, folder: Path, on_progress: OnProgress) -> Non
         (folder / OVERFLOW_FILE).write_text(report + "\n", encoding="utf-8")
     if plan.choices:
         (folder / CHOICES_FILE).write_text(choices_json(plan.choices), encoding="utf-8")
-    _write_manifest(plan, graphs, folder, {WEIGHTS_FILE: record})
+    _write_manifest(plan, graphs, divergence, folder, {WEIGHTS_FILE: record})
 
 
 def _write_weights(
@@ -112,6 +126,14 @@ def _write_weights(
     )
     weights = {tensor.name: (tensor, written.offsets[tensor.name]) for tensor in plan.tensors}
     return weights, written.record
+
+
+def _measured(plan: BundlePlan, folder: Path, on_progress: OnProgress) -> Divergence | None:
+    """Compare what was written with the checkpoint, if that is planned."""
+    if plan.measured_rows is None:
+        return None
+    weights = BundleWeights(folder / WEIGHTS_FILE, plan.formats, plan.scaling)
+    return measure_divergence(plan.source, weights, plan.measured_rows, on_progress)
 
 
 def _write_graphs(
@@ -156,6 +178,7 @@ def _check_written(graph: Path) -> None:
 def _write_manifest(
     plan: BundlePlan,
     graphs: Mapping[Lowering, Mapping[Phase, str]],
+    divergence: Divergence | None,
     folder: Path,
     records: dict[str, FileRecord],
 ) -> None:
@@ -171,8 +194,9 @@ def _write_manifest(
         precision=plan.precision,
         graphs=graphs,
         weights=WEIGHTS_FILE,
-        formats={x.name: x.format for x in plan.tensors if x.format.is_quantized},
+        formats=plan.formats,
         method=plan.method,
+        divergence=divergence,
         scaling=plan.scaling,
         tokenizer=tuple(tokenizer),
         generation=_copied(generation, folder) if generation.is_file() else None,

@@ -9,6 +9,7 @@ from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.errors import RequestError
 from gemma_deploy.exporters.bundle_files import BundlePlan, OnProgress, write_bundle
 from gemma_deploy.exporters.calibration.cache_scales import measured_cache_scales
+from gemma_deploy.exporters.calibration.divergence import measured_rows
 from gemma_deploy.exporters.export_checks import (
     check_config,
     check_nothing_else_is_replaced,
@@ -57,10 +58,11 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         graphs: Lowerings to write graphs of; those for ONNX Runtime are always written. None adds
             those for TensorRT, unless no engine can have them: in float32, or with nf4 weights.
         quantization: What matrices to quantize, and how; None for none.
-        calibration_text: What the model reads where activations are measured; None for the built-in
-            text.
-        is_calibrated: Whether the model is run to find what overflows float16; else that is bounded
-            by the weights.
+        calibration_text: What the model reads where activations are measured, and at its end where
+            quantized weights are compared with the original; None for built-in texts.
+        is_calibrated: Whether the model is run to find what overflows float16 and how far quantized
+            weights are from the original; else the first is bounded by the weights, and the second
+            not known.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called as the work goes on.
 
@@ -72,7 +74,8 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             ONNX Runtime's attention does not take.
         TokenizerError: The tokenizer's files cannot be read.
         OutputExistsError: `output` exists and `force` is False, or holds more than a bundle.
-        ExportError: The disk is too small, `output` cannot be written, or torch failed.
+        ExportError: The disk is too small, `output` cannot be written, what was written gives no
+            numbers, or torch failed.
     """
     # Before the working directory itself may be replaced by the bundle.
     place = output.resolve()
@@ -99,6 +102,9 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             "one of them"
         )
     lowerings = choose_lowerings(graphs, precision, formats)
+    judged = None
+    if quantization is not None and tokenizer is not None and is_calibrated:
+        judged = measured_rows(tokenizer, calibration_text, source.config)
     with (
         contextlib.ExitStack() as held,
         staged_folder(output, force=force, replaceable=MANIFEST_FILE) as folder,
@@ -148,6 +154,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             scaling=scaling,
             overflow=overflow,
             choices=weights.choices,
+            measured_rows=judged if weights.formats else None,
         )
         write_bundle(plan, folder, on_progress)
         source.check_unchanged("it was being exported")

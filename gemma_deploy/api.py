@@ -50,9 +50,11 @@ def export(  # noqa: PLR0913  # a keyword for each decision
             `portable` (standard ONNX operators only). None means `onnxruntime` and, unless no
             engine can have them (in float32, or with nf4 weights), `tensorrt`.
         quantization: What matrices to quantize, and how: `QuantizationOptions(scheme="int4")`.
-        calibration_text: A UTF-8 text file to measure activations on; None for the built-in text.
-        is_calibrated: Whether the model is run to find what overflows float16; else that is bounded
-            by the weights.
+        calibration_text: A UTF-8 text file to measure activations on, and at its end how far
+            quantized weights are from the original; None for built-in texts.
+        is_calibrated: Whether the model is run to find what overflows float16, and how far quantized
+            weights are from the original (`manifest.divergence` of the bundle); else the first is
+            bounded by the weights, and the second not known.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called with what is being done, how much is done and how much there is.
 

@@ -23,6 +23,7 @@ from gemma_deploy.graph_spec import (
 )
 from gemma_deploy.install_hint import install_line
 from gemma_deploy.json_values import typed, whole
+from gemma_deploy.quantization.divergence import Divergence
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.quoting import shortened
 from gemma_deploy.residual_scaling import ResidualScaling
@@ -43,6 +44,8 @@ class Manifest:
         formats: How quantized matrices are stored, by name; empty in a dense bundle.
         method: What found the codes: `rtn`, `awq` or `gptq`, or the name of the tool that a
             checkpoint was quantized with; None in a dense bundle.
+        divergence: How far the quantized weights are from the checkpoint's; None where the export
+            did not measure it.
         scaling: What the weights are divided by so that float16 does not overflow; None for
             nothing.
         tokenizer: Paths of the tokenizer's files.
@@ -58,6 +61,7 @@ class Manifest:
     weights: str
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     method: str | None = None
+    divergence: Divergence | None = None
     scaling: ResidualScaling | None = None
     tokenizer: tuple[str, ...]
     generation: str | None
@@ -133,6 +137,7 @@ class Manifest:
             "quantization": {
                 "method": self.method,
                 "formats": {name: str(text) for name, text in self.formats.items()},
+                "divergence": None if self.divergence is None else self.divergence.to_dict(),
             }
             if self.formats
             else None,
@@ -195,6 +200,7 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
         weights=typed(str, raw["weights"], "weights"),
         formats=formats,
         method=method,
+        divergence=_divergence(raw.get("quantization")),
         scaling=_scaling(raw, config),
         tokenizer=typed(tuple[str, ...], raw["tokenizer"], "tokenizer"),
         generation=typed(str | None, raw["generation"], "generation"),
@@ -219,6 +225,13 @@ def _quantization(
         if not weight_format.is_quantized or len(shapes[name]) != 2:
             raise ValueError(f"{name} in {weight_format}, expected a matrix in a quantized format")
     return formats, typed(str, raw["method"], "method")
+
+
+def _divergence(raw: Mapping[str, Any] | None) -> Divergence | None:
+    """Return what was measured; bundles made before it was say nothing."""
+    if raw is None or raw.get("divergence") is None:
+        return None
+    return Divergence.from_dict(raw["divergence"])
 
 
 def _scaling(raw: Mapping[str, Any], config: GemmaConfig) -> ResidualScaling | None:

@@ -1,4 +1,4 @@
-"""Text to rows of tokens for calibration: `token_rows`."""
+"""Text to rows of tokens, for calibration and for judging it: `token_rows`."""
 
 from importlib import resources
 
@@ -9,11 +9,17 @@ from gemma_deploy.errors import RequestError
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 _DEFAULT_TEXT_FILE = "default_text.txt"
+_HELD_OUT_TEXT_FILE = "held_out_text.txt"
 
 
 def default_text() -> str:
     """Return the built-in text: prose, talk, code, numbers and tables in a dozen languages."""
-    return resources.files(__package__).joinpath(_DEFAULT_TEXT_FILE).read_text(encoding="utf-8")
+    return _built_in(_DEFAULT_TEXT_FILE)
+
+
+def held_out_text() -> str:
+    """Return a built-in text of the same kinds that calibration never reads."""
+    return _built_in(_HELD_OUT_TEXT_FILE)
 
 
 def token_rows(
@@ -23,6 +29,7 @@ def token_rows(
     row_tokens: int,
     min_tokens: int,
     max_tokens: int,
+    is_from_end: bool = False,
 ) -> Tensor:
     """Cut a text into rows, each beginning with `<bos>` as the model has it.
 
@@ -32,6 +39,7 @@ def token_rows(
         row_tokens: S, most tokens of a row, `<bos>` included.
         min_tokens: Fewest tokens that are of use.
         max_tokens: Most that are read; the rest of the text is left out.
+        is_from_end: Whether the text's end is read, and its beginning left out.
 
     Returns:
         int64 [R, S], R * S <= max(max_tokens, S); what does not fill a row is left out. A text of
@@ -51,5 +59,10 @@ def token_rows(
     head = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
     body_tokens = min(row_tokens - len(head), len(ids))
     num_rows = max(1, min(len(ids) // body_tokens, max_tokens // (body_tokens + len(head))))
-    body = ids[: num_rows * body_tokens].view(num_rows, body_tokens)
-    return torch.cat((head.expand(num_rows, -1), body), dim=1)
+    read_tokens = num_rows * body_tokens
+    body = ids[-read_tokens:] if is_from_end else ids[:read_tokens]
+    return torch.cat((head.expand(num_rows, -1), body.view(num_rows, body_tokens)), dim=1)
+
+
+def _built_in(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from gemma_deploy.exporters.calibration.kl_sum import KLSum, capped
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
 from gemma_deploy.exporters.quantization.tables import embedded
 from gemma_deploy.exporters.quantization.work_folder import OnProgress
@@ -106,7 +107,7 @@ def mean_kl(
     """
     info, cap = checkpoint.tensors[head], checkpoint.config.final_logit_softcapping
     dtype = getattr(torch, DTYPE_NAMES[info.dtype])
-    sums = [_KLSum(len(reference)) for _ in others]
+    sums = [KLSum(len(reference)) for _ in others]
     for start, stop in checkpoint.row_blocks(head, _HEAD_BLOCK_BYTES):
         raw = bytearray((stop - start) * info.row_bytes)
         checkpoint.read_rows(head, start, stop, memoryview(raw))
@@ -116,35 +117,10 @@ def mean_kl(
             for _, weight_format in others
             if weight_format is not None
         }
-        own = _capped(reference @ rows.T, cap)
+        own = capped(reference @ rows.T, cap)
         for total, (hidden, weight_format) in zip(sums, others, strict=True):
-            total.add(own, _capped(hidden @ rounded[weight_format].T, cap))
+            total.add(own, capped(hidden @ rounded[weight_format].T, cap))
     return [total.mean() for total in sums]
-
-
-class _KLSum:
-    """KL divergence of rows of logits that come in blocks of the vocabulary."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self._own = torch.full((num_tokens,), -torch.inf, dtype=torch.float64)
-        self._other = self._own.clone()
-        self._peak = self._own.clone()
-        self._weighted = torch.zeros(num_tokens, dtype=torch.float64)
-
-    def add(self, own: Tensor, other: Tensor) -> None:
-        """Add logits [tokens, some of V] of the reference and of what is compared."""
-        own, other = own.double(), other.double()
-        self._own = torch.logaddexp(self._own, own.logsumexp(-1))
-        self._other = torch.logaddexp(self._other, other.logsumexp(-1))
-        peak = torch.maximum(self._peak, own.amax(-1))
-        self._weighted *= (self._peak - peak).exp()
-        self._weighted += ((own - peak[:, None]).exp() * (own - other)).sum(-1)
-        self._peak = peak
-
-    def mean(self) -> float:
-        """Return the mean over tokens, in nats."""
-        weighted = self._weighted * (self._peak - self._own).exp()
-        return max(0.0, float((weighted + self._other - self._own).mean()))
 
 
 @torch.no_grad()
@@ -199,7 +175,3 @@ def _shared_out(
 
 def _rounded(weight: Tensor, weight_format: WeightFormat) -> Tensor:
     return dequantize(quantize(weight, weight_format), weight_format)
-
-
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -52,6 +52,7 @@ class Check:
         parity: The figures, of a comparison with the checkpoint, or with a quantized bundle's own
             weights.
         distance: How far a quantized bundle is from the checkpoint.
+        warning: What a check that passed finds doubtful all the same, and what to do about it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Check:
     detail: str
     parity: "ParityReport | None" = None
     distance: "Distance | None" = None
+    warning: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.cli.console import emit_json, emit_table, progress
+from gemma_deploy.cli.console import emit_json, emit_table, progress, warn
 from gemma_deploy.cli.outputs import check_output_file, write_output
 from gemma_deploy.text_files import read_text
 
@@ -136,6 +136,7 @@ def command(
         emit_json(finished.to_dict())
     else:
         _print(finished, str(bundle))
+    warn(finished.warning)
     if plot is not None:
         _write_plot(finished, plot, model=bundle, text_file=text_file, reference=reference)
 

@@ -16,6 +16,7 @@ from gemma_deploy.cli.checks import require_same_model
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import RequestError
 from gemma_deploy.evaluation import Evaluator, Window, windows
+from gemma_deploy.quantization.advice import COMPARISON_LIMIT_NATS, distance_warning
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.scoring import TextLogits, piece_size
 from gemma_deploy.runtime.sessions.registry import create_session
@@ -95,7 +96,11 @@ class TextEvaluation:
                 on_progress("reading the text", window.first, len(token_ids))
                 _read(window, token_ids, bos, readers, evaluator)
         return FinishedEvaluation(
-            evaluator=evaluator, token_ids=token_ids, context_tokens=context, stride=stride
+            evaluator=evaluator,
+            token_ids=token_ids,
+            context_tokens=context,
+            stride=stride,
+            warning=_warning(source, evaluator),
         )
 
     def _tokens(self, source: ModelSource) -> tuple[int, npt.NDArray[np.int64]]:
@@ -156,17 +161,34 @@ class FinishedEvaluation:
         token_ids: int64, the text's tokens; `<bos>` is not among them.
         context_tokens: Most tokens that the model saw.
         stride: Tokens between the beginnings of two windows.
+        warning: What would be closer to the reference, of a quantized bundle that is far from it.
     """
 
     evaluator: Evaluator
     token_ids: npt.NDArray[np.int64]
     context_tokens: int
     stride: int
+    warning: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON can hold them."""
         figures = dataclasses.asdict(self.evaluator.result())
-        return {**figures, "context_tokens": self.context_tokens, "stride": self.stride}
+        return {
+            **figures,
+            "context_tokens": self.context_tokens,
+            "stride": self.stride,
+            "warning": self.warning,
+        }
+
+
+def _warning(source: ModelSource, evaluator: Evaluator) -> str | None:
+    kl = evaluator.result().kl_mean_nats
+    if source.bundle is None or kl is None:
+        return None
+    manifest = source.bundle.manifest
+    if not manifest.formats and manifest.precision.cache != "int8":
+        return None
+    return distance_warning(manifest, kl, limit_nats=COMPARISON_LIMIT_NATS)
 
 
 def _read(

@@ -147,6 +147,10 @@ def _facts(inspection: "Inspection") -> list[tuple[str, str]]:
             f"{name}: {count} {'matrix' if count == 1 else 'matrices'}" for name, count in counts
         )
         facts.append(("quantized", formats))
+        if inspection.manifest is not None:
+            facts.append(
+                ("from the original", str(inspection.manifest.divergence or "not measured"))
+            )
     if inspection.manifest is not None:
         facts.append(("computes in", f"{precision.activations}, KV cache {precision.cache}"))
         facts += _manifest_facts(inspection.manifest)

@@ -106,7 +106,7 @@ def unpack(stored: Tensor, weight_format: WeightFormat) -> Tensor:
     if weight_format.scheme == "nf4":
         return torch.stack((high, low), dim=-1).flatten(1).to(torch.int8)
     codes = torch.stack((low, high), dim=-1).flatten(1).to(torch.int8)
-    return torch.where(codes > LARGEST_CODE["int4"], codes - 16, codes)
+    return codes.bitwise_xor_(8).sub_(8)  # two's complement of four bits, in eight
 
 
 def _blocked(rows: Tensor, weight_format: WeightFormat) -> Tensor:
