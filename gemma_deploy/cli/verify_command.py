@@ -181,6 +181,6 @@ def _report(checks: "Sequence[Check]", *, as_json: bool) -> None:
     else:
         for check in checks:
             mark = click.style("ok  ", fg="green") if check.is_ok else click.style("FAIL", fg="red")
-            say(f"{mark}  {check.name}: {check.detail}")
+            say(f"  {check.name}: {check.detail}", mark=mark)
     if not is_ok:
         raise click.exceptions.Exit(1)
