@@ -38,6 +38,7 @@ OPERATORS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 _MOST_STATED: Final = 1 << 20
 _MOST_EXPANDED: Final = 1 << 24
 _MOST_JOINED: Final = 8
+_MOST_PER_WEIGHT: Final = 4
 _FUNCTION: Final = ("gemma_deploy", "GemmaAttention", "")
 # FLOAT, INT, STRING, TENSOR, FLOATS, INTS, STRINGS
 _PLAIN_ATTRIBUTES: Final = frozenset({1, 2, 3, 4, 6, 7, 8})
@@ -51,8 +52,8 @@ def check_graph(folder: Path, graph: Path, weights: str) -> None:
     data lies in the bundle's weights file, is all there, and says no more than where it lies (what else
     ONNX Runtime reads there, as `prepacked_0`, it follows unchecked).
 
-    It does not bound what permitted operators can be made to compute: sums of long and wide tensors
-    take memory of the product of their sizes.
+    Where ONNX's shape inference finds sizes, no value is much larger than the largest weight. What is
+    beyond it, permitted operators can still be made to compute.
 
     Args:
         folder: The bundle.
@@ -82,6 +83,7 @@ def check_graph(folder: Path, graph: Path, weights: str) -> None:
     _check_nodes(graph, model.graph, is_top=True)
     for function in model.functions:
         _check_nodes(graph, function, is_top=False)
+    _check_shapes(graph, model)
 
 
 def _check_model(graph: Path, model: Any) -> None:
@@ -144,6 +146,25 @@ def _check_sizes(graph: Path, scope: Any) -> None:
 
 def _named(node: Any) -> str:
     return f"node {shortened(node.name or next(iter(node.output), ''))}"
+
+
+def _check_shapes(graph: Path, model: Any) -> None:
+    """Refuse values that are far larger than any weight; the model is changed."""
+    import onnx
+
+    del model.graph.value_info[:]  # what the graph itself says may be anything
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+    except onnx.shape_inference.InferenceError as err:
+        raise foreign(graph, f"its shapes contradict each other: {shortened(str(err))}") from err
+    most = max(math.prod(x.dims) for x in [*inferred.initializer, onnx.TensorProto(dims=[1])])
+    for value in (*inferred.value_info, *inferred.output):
+        dims = [x.dim_value for x in value.type.tensor_type.shape.dim if x.dim_value]
+        if not 0 <= math.prod(dims) <= max(_MOST_EXPANDED, _MOST_PER_WEIGHT * most):
+            raise foreign(
+                graph,
+                f"the value {shortened(value.name)} of shape {dims[:8]} is larger than any weight",
+            )
 
 
 def _is_a_shape(inputs: Sequence[str], made: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:

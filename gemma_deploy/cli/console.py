@@ -22,17 +22,18 @@ _SECONDS_BETWEEN_LINES: Final = 30.0
 _MOST_COUNTED_PARTS: Final = 1000
 
 
-def say(text: str = "", *, err: bool = False, **style: Any) -> None:
+def say(text: str = "", *, mark: str = "", err: bool = False, **style: Any) -> None:
     """Write a line to stdout or stderr; what would command the terminal is escaped (`visible`).
 
     Everything that verbs print for people goes through here or through `speak`.
 
     Args:
         text: May come from files and names.
+        mark: What the line begins with, styled already.
         err: Whether to write to stderr.
         **style: As `click.style` has it.
     """
-    click.secho(visible(text), err=err, **style)  # noqa: TID251 - here it is escaped
+    click.secho(mark + visible(text), err=err, **style)  # noqa: TID251 - here it is escaped
 
 
 def speak(text: str, *, ends_line: bool = False) -> None:

@@ -181,7 +181,7 @@ def _report(checks: "Sequence[Check]", *, as_json: bool) -> None:
         emit_json({"ok": is_ok, "checks": [check.to_dict() for check in checks]}, indent=1)
     else:
         for check in checks:
-            say(f"{_mark(check)}  {check.name}: {check.detail}")
+            say(f"  {check.name}: {check.detail}", mark=_mark(check))
             if check.warning is not None:
                 say(f"      {check.warning}")
     if not is_ok:

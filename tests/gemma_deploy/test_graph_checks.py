@@ -168,6 +168,24 @@ def test_joining_again_and_again(tmp_path: Path) -> None:
         check(tmp_path, helper.make_node("Concat", ["x"] * 9, ["y"], axis=0))
 
 
+def test_values_far_larger_than_any_weight(tmp_path: Path) -> None:
+    """A sum of a column and a row is as large as their sizes multiplied."""
+
+    def add_column(model: onnx.ModelProto, height: int, width: int = 8192) -> None:
+        for name, dims in (("column", [height, 1]), ("row", [1, width])):
+            tensor = helper.make_tensor(name, TensorProto.INT8, dims, bytes(max(dims)), raw=True)
+            model.graph.initializer.append(tensor)
+        # What the graph says of its values is not believed.
+        stated = helper.make_tensor_value_info("sum", TensorProto.INT8, [1, 1])
+        model.graph.value_info.append(stated)
+
+    add = helper.make_node("Add", ["column", "row"], ["sum"])
+    check(tmp_path, add, change=lambda model: add_column(model, 2048))
+    message = r"the value 'sum' of shape \[8192, 8192\] is larger than any weight"
+    with pytest.raises(BundleError, match=message):
+        check(tmp_path, add, change=lambda model: add_column(model, 8192))
+
+
 @pytest.mark.parametrize("content", [b"no graph", None])
 def test_a_file_that_is_no_graph(tmp_path: Path, content: bytes | None) -> None:
     graph = tmp_path / "graph.onnx"
