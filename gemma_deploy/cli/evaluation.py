@@ -16,7 +16,7 @@ from gemma_deploy.cli.checks import require_same_model
 from gemma_deploy.cli.console import Progress
 from gemma_deploy.errors import RequestError
 from gemma_deploy.evaluation import Evaluator, Window, windows
-from gemma_deploy.quantization.advice import COMPARISON_LIMIT_NATS, distance_warning
+from gemma_deploy.quantization.advice import distance_warning
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.scoring import TextLogits, piece_size
 from gemma_deploy.runtime.sessions.registry import create_session
@@ -188,7 +188,7 @@ def _warning(source: ModelSource, evaluator: Evaluator) -> str | None:
     manifest = source.bundle.manifest
     if not manifest.formats and manifest.precision.cache != "int8":
         return None
-    return distance_warning(manifest, kl, limit_nats=COMPARISON_LIMIT_NATS)
+    return distance_warning(manifest, kl, is_weights_only=False)
 
 
 def _read(

@@ -222,11 +222,11 @@ def _report(bundle: "Bundle", *, as_json: bool) -> None:
 
 def _warn_of_distance(manifest: "Manifest", *, is_calibrated: bool) -> None:
     """Say what would be closer to the original if that is far, or why it is not known."""
-    from gemma_deploy.quantization.advice import EXPORT_LIMIT_NATS, distance_warning
+    from gemma_deploy.quantization.advice import distance_warning
 
     found = manifest.divergence
     if found is not None:
-        warn(distance_warning(manifest, found.mean_kl_nats, limit_nats=EXPORT_LIMIT_NATS))
+        warn(distance_warning(manifest, found.mean_kl_nats, is_weights_only=True))
     elif manifest.formats:
         why = "--no-calibration was given"
         if is_calibrated and manifest.tokenizer:

@@ -27,7 +27,7 @@ from gemma_deploy.errors import GemmaDeployError, RequestError
 from gemma_deploy.graph_spec import DType, Precision
 from gemma_deploy.manifest import FORMAT_VERSION
 from gemma_deploy.parity import FloatArray, ParityReport, TokenRow, compare, default_tolerance
-from gemma_deploy.quantization.advice import COMPARISON_LIMIT_NATS, distance_warning
+from gemma_deploy.quantization.advice import distance_warning
 from gemma_deploy.tokenizer import GemmaTokenizer
 from gemma_deploy.vocabulary_fit import tokens_without_embedding
 
@@ -194,7 +194,7 @@ class Verification:
                 f"KL {kl:.2g} nats on average{limit}, {report.max_kl_nats:.2g} at most; same greedy "
                 f"token at {report.greedy_agreement:.1%} of {report.positions} positions"
             )
-            warning = distance_warning(bundle.manifest, kl, limit_nats=COMPARISON_LIMIT_NATS)
+            warning = distance_warning(bundle.manifest, kl, is_weights_only=False)
         return Check(
             name="distance, from the checkpoint",
             is_ok=kl is not None and (self.max_kl is None or kl <= self.max_kl),

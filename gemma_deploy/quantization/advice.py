@@ -50,21 +50,25 @@ _SHARES: Final = MappingProxyType(
 )
 
 
-def distance_warning(manifest: "Manifest", mean_kl_nats: float, *, limit_nats: float) -> str | None:
+def distance_warning(
+    manifest: "Manifest", mean_kl_nats: float, *, is_weights_only: bool
+) -> str | None:
     """Say that a quantized bundle is far from its original, and which options would be closer.
 
     Args:
         manifest: The bundle's.
         mean_kl_nats: What was measured, in nats.
-        limit_nats: From where on it is worth saying.
+        is_weights_only: Whether it is an export's figure; else it is that of the bundle as it runs.
 
     Returns:
-        One sentence or two, without a full stop; None up to the limit.
+        One sentence or two, without a full stop; None up to the limit of such figures.
     """
-    if mean_kl_nats <= limit_nats:
+    if mean_kl_nats <= (EXPORT_LIMIT_NATS if is_weights_only else COMPARISON_LIMIT_NATS):
         return None
     said = f"a mean KL of {mean_kl_nats:.2g} nats is far from the original: expect worse text"
     options = list(closer_options(manifest))
+    if manifest.precision.cache == "int8" and not is_weights_only:
+        options.append("a cache that is not int8")
     if not options:
         return said
     figures = "; shares are Gemma 3 270M's" if any("leaves" in x for x in options) else ""
@@ -99,8 +103,6 @@ def closer_options(manifest: "Manifest") -> Iterator[str]:
             yield f"--auto --max-kl {EXPORT_LIMIT_NATS:g}"
         else:
             yield "--bf16 without quantization"
-    if manifest.precision.cache == "int8":
-        yield "a cache that is not int8"
 
 
 def _formats(manifest: "Manifest") -> tuple[set[WeightFormat], set[WeightFormat]]:

@@ -77,7 +77,6 @@ AUTO = "--auto --max-kl 0.05"
         (manifest("rtn", table="int8/32", layer="int8/32"), ["--bf16 without quantization"]),
         # Its codes were made by another tool.
         (manifest("bitsandbytes", layer="nf4/64"), []),
-        (manifest(None, cache="int8"), ["a cache that is not int8"]),
     ],
 )
 def test_what_is_still_to_gain(found: Any, options: list[str]) -> None:
@@ -87,14 +86,15 @@ def test_what_is_still_to_gain(found: Any, options: list[str]) -> None:
 def test_nothing_is_said_up_to_the_limit() -> None:
     found = manifest("rtn", layer="int4/32")
 
-    assert distance_warning(found, 0.05, limit_nats=0.05) is None
-    assert distance_warning(found, 0.051, limit_nats=0.05) is not None
+    for limit, is_weights_only in ((0.05, True), (0.1, False)):
+        assert distance_warning(found, limit, is_weights_only=is_weights_only) is None
+        assert distance_warning(found, limit * 1.01, is_weights_only=is_weights_only) is not None
 
 
 def test_the_sentence() -> None:
     found = manifest("gptq", table="int4/32", layer="int4/32")
 
-    assert distance_warning(found, 0.114, limit_nats=0.1) == (
+    assert distance_warning(found, 0.114, is_weights_only=True) == (
         "a mean KL of 0.11 nats is far from the original: expect worse text. Closer are exports with "
         "--embedding-bits 8, --int8 (leaves about a twentieth of it) or --auto --max-kl 0.05; shares "
         "are Gemma 3 270M's (docs/quantization.md)"
@@ -104,6 +104,16 @@ def test_the_sentence() -> None:
 def test_without_options_only_the_distance_is_said() -> None:
     found = manifest("bitsandbytes", layer="nf4/64")
 
-    assert distance_warning(found, 0.5, limit_nats=0.1) == (
+    assert distance_warning(found, 0.5, is_weights_only=False) == (
         "a mean KL of 0.5 nats is far from the original: expect worse text"
     )
+
+
+def test_a_cache_counts_where_the_bundle_ran() -> None:
+    found = manifest(None, cache="int8")
+
+    ran = distance_warning(found, 0.5, is_weights_only=False)
+
+    assert ran is not None
+    assert "Closer are exports with a cache that is not int8 (docs" in ran
+    assert "cache" not in (distance_warning(found, 0.5, is_weights_only=True) or "")
