@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from gemma_deploy.checkpoint import expected_tensors
+from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, RequestError
 from gemma_deploy.file_records import FileRecord
@@ -50,6 +51,7 @@ class Manifest:
         max_seq_len: Longest sequence the model was made for, in tokens.
         files: Size and hash of every file but the manifest itself.
         versions: Versions of everything that made the bundle.
+        source: The checkpoint it was made of; None in bundles that do not say.
     """
 
     config: GemmaConfig
@@ -64,6 +66,7 @@ class Manifest:
     max_seq_len: int
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
+    source: CheckpointSource | None = None
 
     @property
     def lowerings(self) -> tuple[Lowering, ...]:
@@ -142,6 +145,7 @@ class Manifest:
             "limits": {"max_seq_len": self.max_seq_len},
             "files": {path: dataclasses.asdict(record) for path, record in self.files.items()},
             "versions": dict(self.versions),
+            "source": None if self.source is None else self.source.to_dict(),
         }
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
@@ -207,6 +211,7 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
             for path, record in raw["files"].items()
         },
         versions=dict(raw["versions"]),
+        source=CheckpointSource.from_dict(raw.get("source")),
     )
 
 

@@ -184,6 +184,7 @@ def _manifest_facts(manifest: "Manifest") -> list[tuple[str, str]]:
         ("limits", f"{manifest.max_seq_len} tokens of prompt and answer together"),
         ("tokenizer", ", ".join(manifest.tokenizer) or "none"),
         ("generation", manifest.generation or "none"),
+        ("made of", str(manifest.source or "unknown")),
         ("made by", ", ".join(f"{name} {version}" for name, version in versions)),
     ]
 

@@ -58,6 +58,8 @@ class TestBundle:
         assert "limits 8192 tokens of prompt and answer together" in lines
         assert "tokenizer " + ", ".join(manifest["tokenizer"]) in lines
         assert "generation generation_config.json" in lines
+        source = manifest["source"]["config_sha256"]
+        assert any(x.startswith(f"made of a folder, config.json {source[:12]}") for x in lines)
 
     def test_json_holds_the_manifest(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("inspect", bundle, "--json")
