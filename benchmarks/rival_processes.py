@@ -54,13 +54,16 @@ class Turn:
     memory: Memory = field(default_factory=Memory)
 
 
-def run_turn(command: Sequence[str | Path], watched: str) -> Turn:
-    """Run a program in the repository's root and read its memory every 50 ms (on Linux).
+def run_turn(
+    command: Sequence[str | Path], watched: str, *, interval_s: float = _INTERVAL_S
+) -> Turn:
+    """Run a program in the repository's root and read its memory now and then (on Linux).
 
     Args:
         command: Its command line. Its last line of stdout is one JSON object.
         watched: Part of the command line of the process that holds the model: the program itself or
             a child of it.
+        interval_s: Time between two looks at its memory.
 
     Raises:
         SessionError: It failed, or was killed.
@@ -70,7 +73,7 @@ def run_turn(command: Sequence[str | Path], watched: str) -> Turn:
         # Files, not pipes: nobody reads while the program runs.
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=stdout, stderr=stderr)  # noqa: S603 - our own command lines
         try:
-            with _watching(process.pid, watched) as memory:
+            with _watching(process.pid, watched, interval_s) as memory:
                 code = process.wait()
         finally:
             process.kill()
@@ -90,11 +93,11 @@ def _text(file: IO[bytes]) -> str:
 
 
 @contextmanager
-def _watching(pid: int, watched: str) -> Iterator[Memory]:
+def _watching(pid: int, watched: str, interval_s: float) -> Iterator[Memory]:
     memory, is_over = Memory(), threading.Event()
 
     def watch() -> None:
-        while not is_over.wait(_INTERVAL_S):
+        while not is_over.wait(interval_s):
             for process in _family(pid):
                 if watched in _read(process, "cmdline").replace("\0", " "):
                     memory.note(_read(process, "status"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma_deploy.bundle import GENERATION_FILE, WEIGHTS_FILE
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_files import is_licence
+from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.errors import BundleError, ExportError
 from gemma_deploy.exporters.calibration.divergence import measure_divergence
 from gemma_deploy.exporters.compact_tokenizer import compact_tokenizer
@@ -208,6 +209,7 @@ def _write_manifest(
             if path.name not in records
         },
         versions=_versions(),
+        source=CheckpointSource.of(source.folder),
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 

@@ -195,8 +195,8 @@ def load(  # a keyword for each decision
             `torch.device`.
         max_seq_len: Capacity of the KV cache in tokens, allocated once; None for what each call
             needs, up to what the model is made for.
-        threads: Threads of the CPU kernels, at most 4 for each core that this process may use; None
-            for one per core. With the torch backend it holds for the whole process.
+        threads: Threads of the CPU kernels; None for one per core that this process may use. More than
+            that become as many, and more than 4 for each core are refused. With the torch backend it holds for the whole process.
         prepacked_cache: Folder where ONNX Runtime keeps a bundle's weights in the layout that this
             machine's CPU multiplies with, so that later loads are quick and share them
             (docs/prepacked-cache.md); None for nowhere.
@@ -219,7 +219,8 @@ def load(  # a keyword for each decision
 
     Warns:
         GemmaDeployWarning: generation_config.json has fields that are not implemented, or a checkpoint's
-            tensors and config.json differ in what the tensors decide.
+            tensors and config.json differ in what the tensors decide; or `threads` are more than
+            cores.
     """
     from gemma_deploy.runtime.source import ModelSource
     from gemma_deploy.runtime.text_generator import TextGenerator

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy.bundle import Bundle, unlisted_file
+from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine_build import EngineBuild, engine_spec
 from gemma_deploy.errors import (
@@ -64,6 +65,7 @@ class EngineManifest:
         model_max_seq_len: Longest sequence the model was made for, in tokens.
         files: Size and hash of every file but this one.
         versions: Versions of what made the engine.
+        source: The checkpoint that the bundle was made of; None where nothing says.
     """
 
     model: GemmaConfig
@@ -75,6 +77,7 @@ class EngineManifest:
     model_max_seq_len: int
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
+    source: CheckpointSource | None = None
 
     def spec(self, phase: Phase) -> GraphSpec:
         """Return what the plan of a phase takes and gives, its cache of a fixed length.
@@ -99,6 +102,7 @@ class EngineManifest:
             "model_max_seq_len": self.model_max_seq_len,
             "files": {path: dataclasses.asdict(record) for path, record in self.files.items()},
             "versions": dict(self.versions),
+            "source": None if self.source is None else self.source.to_dict(),
         }
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
@@ -257,6 +261,7 @@ def _parse(raw: Mapping[str, Any]) -> EngineManifest:
             ),
             files=typed(Mapping[str, FileRecord], raw["files"], "files"),
             versions=typed(Mapping[str, str], raw["versions"], "versions"),
+            source=CheckpointSource.from_dict(raw.get("source")),
         )
     except (LookupError, TypeError, ValueError, ConfigError) as err:
         raise EngineError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma_deploy.checkpoint import expected_tensors
+from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import BundleError, BundleVersionError, ConfigError, RequestError
 from gemma_deploy.file_records import FileRecord
@@ -53,6 +54,7 @@ class Manifest:
         max_seq_len: Longest sequence the model was made for, in tokens.
         files: Size and hash of every file but the manifest itself.
         versions: Versions of everything that made the bundle.
+        source: The checkpoint it was made of; None in bundles that do not say.
     """
 
     config: GemmaConfig
@@ -68,6 +70,7 @@ class Manifest:
     max_seq_len: int
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
+    source: CheckpointSource | None = None
 
     @property
     def lowerings(self) -> tuple[Lowering, ...]:
@@ -147,6 +150,7 @@ class Manifest:
             "limits": {"max_seq_len": self.max_seq_len},
             "files": {path: dataclasses.asdict(record) for path, record in self.files.items()},
             "versions": dict(self.versions),
+            "source": None if self.source is None else self.source.to_dict(),
         }
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
@@ -209,6 +213,7 @@ def _parsed(raw: Mapping[str, Any]) -> Manifest:
         ),
         files=typed(Mapping[str, FileRecord], raw["files"], "files"),
         versions=typed(Mapping[str, str], raw["versions"], "versions"),
+        source=CheckpointSource.from_dict(raw.get("source")),
     )
 
 

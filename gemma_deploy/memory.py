@@ -2,30 +2,25 @@
 
 Nothing is measured here. Weights and cache are exact (they are stored and allocated in these very
 shapes); activations are the largest set of tensors that is alive at once in a layer, or at the head.
-A GPU holds the weights as stored. ONNX Runtime on a CPU multiplies with copies of the matrices that
-are packed for its kernels: int4 and int8 codes, float32 of everything else. nf4 is made float32 one
-matrix at a time, at every step.
+A GPU holds the weights as stored; what a CPU holds, and what loading takes, is `cpu_memory`'s.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
 from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.cpu_memory import CpuMemory, PackedMatrix, cpu_memory
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType, Precision, cache_bytes
 from gemma_deploy.quantization.formats import WeightFormat
 
 GROUPS: Final = ("embedding", "attention", "feed-forward", "norms", "head")
 
 _FLOAT32_BYTES: Final = DTYPE_BYTES["float32"]
-# What codes bring along per block: scales in float32, packed once more, with sums of the codes. And the
-# blocks that rows of one scale are cut into. Measured with ONNX Runtime 1.31.
-_PACKED_BLOCK_BYTES: Final = 16
-_ROW_BLOCK: Final = 32
 _DENSE: Final[Mapping[str, WeightFormat]] = MappingProxyType({})
 
 
@@ -38,18 +33,18 @@ class MemoryEstimate:
         max_seq_len: T, capacity of the KV cache in tokens.
         prefill_tokens: S, most tokens of one row that are computed in one step.
         weights_bytes: The weights as they are stored, and as a GPU holds them.
-        cpu_weights_bytes: The copies of them that a CPU computes with.
         kv_cache_bytes: Key and value cache of every layer.
         activation_bytes: Peak of the tensors inside a prefill step; a decode step needs less.
+        cpu: What a CPU takes besides the last two.
     """
 
     batch_size: int
     max_seq_len: int
     prefill_tokens: int
     weights_bytes: int
-    cpu_weights_bytes: int
     kv_cache_bytes: int
     activation_bytes: int
+    cpu: CpuMemory
 
     @property
     def gpu_total_bytes(self) -> int:
@@ -58,13 +53,50 @@ class MemoryEstimate:
 
     @property
     def cpu_total_bytes(self) -> int:
-        """The same on a CPU; the weights file comes on top as page cache, which is given up freely."""
-        return self.cpu_weights_bytes + self.kv_cache_bytes + self.activation_bytes
+        """What a process that runs it on a CPU keeps of private memory."""
+        return self._on_cpu(self.cpu.weights_bytes)
+
+    @property
+    def cpu_peak_bytes(self) -> int:
+        """The most that it takes: while it loads, or in a step."""
+        return max(self.cpu.loading_bytes, self.cpu_total_bytes)
+
+    @property
+    def prepacked_total_bytes(self) -> int:
+        """As `cpu_total_bytes`, with a prepacked cache that has the model."""
+        return self._on_cpu(self.cpu.prepacked_weights_bytes)
+
+    @property
+    def prepacked_peak_bytes(self) -> int:
+        """As `cpu_peak_bytes`, with such a cache."""
+        return max(self.cpu.prepacked_loading_bytes, self.prepacked_total_bytes)
+
+    @property
+    def prepacked_writing_bytes(self) -> int:
+        """The most that the load takes which writes that cache."""
+        return max(self.cpu.prepacked_writing_bytes, self.prepacked_total_bytes)
 
     def to_dict(self) -> dict[str, int]:
         """Return every figure under its name, totals included."""
-        totals = {"cpu_total_bytes": self.cpu_total_bytes, "gpu_total_bytes": self.gpu_total_bytes}
-        return dataclasses.asdict(self) | totals
+        figures = dataclasses.asdict(self)
+        cpu = figures.pop("cpu")
+        return {
+            **figures,
+            "gpu_total_bytes": self.gpu_total_bytes,
+            "runtime_bytes": cpu["runtime_bytes"],
+            "tokenizer_bytes": cpu["tokenizer_bytes"],
+            "cpu_weights_bytes": cpu["weights_bytes"],
+            "cpu_total_bytes": self.cpu_total_bytes,
+            "cpu_peak_bytes": self.cpu_peak_bytes,
+            "prepacked_weights_bytes": cpu["prepacked_weights_bytes"],
+            "prepacked_total_bytes": self.prepacked_total_bytes,
+            "prepacked_peak_bytes": self.prepacked_peak_bytes,
+            "prepacked_writing_bytes": self.prepacked_writing_bytes,
+        }
+
+    def _on_cpu(self, weights_bytes: int) -> int:
+        held = self.cpu.runtime_bytes + self.cpu.tokenizer_bytes + weights_bytes
+        return held + self.kv_cache_bytes + self.activation_bytes
 
 
 def num_parameters(config: GemmaConfig) -> int:
@@ -82,36 +114,22 @@ def weights_bytes(config: GemmaConfig, precision: Precision) -> int:
     return total
 
 
-def cpu_weights_bytes(config: GemmaConfig, formats: Mapping[str, WeightFormat] = _DENSE) -> int:
-    """Return the size of the copies that a CPU multiplies with, in bytes.
+def packed_matrices(
+    config: GemmaConfig, dtype: DType, formats: Mapping[str, WeightFormat] = _DENSE
+) -> Iterator[PackedMatrix]:
+    """Yield every matrix that a model multiplies with.
 
-    Every matrix but an embedding that is not also the head: its rows are looked up where they are.
+    Not an embedding that is not also the head: its rows are looked up in the mapped file.
 
     Args:
         config: The model.
-        formats: How matrices are quantized, by name.
+        dtype: What matrices are stored in that are not quantized.
+        formats: How the others are quantized, by name.
     """
-    total = largest_nf4 = 0
     for name, shape in expected_tensors(config).items():
         is_looked_up = group_of(name) == "embedding" and not config.tie_word_embeddings
-        if len(shape) != 2 or is_looked_up:
-            continue
-        weight_format = formats.get(name)
-        float32_bytes = math.prod(shape) * _FLOAT32_BYTES
-        if weight_format is None:
-            total += float32_bytes
-            continue
-        num_blocks = math.prod(shape) // (weight_format.block_size or _ROW_BLOCK)
-        match weight_format.scheme:
-            case "int4" | "int8":
-                codes_bytes = math.prod(shape) * weight_format.bits // 8
-                total += codes_bytes + num_blocks * _PACKED_BLOCK_BYTES
-            case "nf4":
-                total += num_blocks * _FLOAT32_BYTES
-                largest_nf4 = max(largest_nf4, float32_bytes)
-            case _:
-                total += float32_bytes
-    return total + largest_nf4
+        if len(shape) == 2 and not is_looked_up:
+            yield PackedMatrix.of(shape, dtype, formats.get(name))
 
 
 def group_of(tensor_name: str) -> str:
@@ -164,12 +182,13 @@ def activation_bytes(
     return residual + max(attention, feed_forward, head)
 
 
-def estimate(
+def estimate(  # noqa: PLR0913  # a keyword for each number
     config: GemmaConfig,
     precision: Precision,
     formats: Mapping[str, WeightFormat] = _DENSE,
     *,
     stored_bytes: int,
+    tokenizer_file_bytes: int,
     batch_size: int,
     max_seq_len: int,
     prefill_tokens: int,
@@ -181,6 +200,7 @@ def estimate(
         precision: Dtypes of activations and cache.
         formats: How matrices are quantized, by name.
         stored_bytes: The weights' size as stored.
+        tokenizer_file_bytes: Size of tokenizer.json; 0 without one.
         batch_size: B, prompts at a time.
         max_seq_len: T, tokens of prompt and answer together.
         prefill_tokens: S, longest piece of a prompt that is computed at once.
@@ -191,7 +211,11 @@ def estimate(
         max_seq_len=max_seq_len,
         prefill_tokens=tokens,
         weights_bytes=stored_bytes,
-        cpu_weights_bytes=cpu_weights_bytes(config, formats),
+        cpu=cpu_memory(
+            packed_matrices(config, precision.weights, formats),
+            vocab_size=config.vocab_size,
+            tokenizer_file_bytes=tokenizer_file_bytes,
+        ),
         kv_cache_bytes=cache_bytes(config, precision.cache, batch_size, max_seq_len),
         activation_bytes=activation_bytes(
             config,

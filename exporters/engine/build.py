@@ -101,6 +101,7 @@ def build_engine(
                 model_max_seq_len=bundle.manifest.max_seq_len,
                 files=files,
                 versions=_versions(),
+                source=bundle.manifest.source,
             )
             (staging / ENGINE_FILE).write_text(manifest.to_json(), encoding="utf-8")
     except ExportError as err:  # what writing a folder can fail with

@@ -61,6 +61,7 @@ def pack_engine(
         tokenizer=bundle.manifest.tokenizer,
         generation=bundle.manifest.generation,
         files=records,
+        source=bundle.manifest.source,
     )
     with staged_folder(output, force=force, replaceable=ENGINE_FILE) as folder:
         _require_space(folder, records, output)

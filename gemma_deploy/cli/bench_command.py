@@ -9,6 +9,7 @@ import click
 
 from gemma_deploy.cli.console import emit_json, notice, progress, warn
 from gemma_deploy.cli.lazy_group import INTERRUPTED_EXIT_CODE
+from gemma_deploy.cli.options import threads_option
 from gemma_deploy.cli.outputs import check_output_file, write_output
 from gemma_deploy.cli.prepacked_option import prepacked_cache_option
 
@@ -139,13 +140,7 @@ command with the same file goes on where it stopped.
     metavar="DEVICE",
     help="Where all run: cpu, cuda, cuda:N (N from 0), or auto: CUDA where it works.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads of the CPU kernels, of all contenders; at most 4 for each core. "
-    "[default: one per core]",
-)
+@threads_option
 @prepacked_cache_option
 @click.option(
     "--save",

@@ -27,6 +27,7 @@ def emit_engine(engine: "EngineFolder", model: Sequence[tuple[str, str]]) -> Non
         ("KV cache", manifest.cache_dtype),
         ("tokenizer", ", ".join(manifest.tokenizer) or "none"),
         ("generation", manifest.generation or "none"),
+        ("made of", str(manifest.source or "unknown")),
         ("made by", versions or "unknown"),
     ]
     emit_table(facts, title=f"Engine {engine.folder}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.cli.console import emit_json, emit_table, progress, warn
+from gemma_deploy.cli.options import threads_option
 from gemma_deploy.cli.outputs import check_output_file, write_output
 from gemma_deploy.text_files import read_text
 
@@ -83,12 +84,7 @@ both are equal.
     metavar="DEVICE",
     help="Where to run: cpu, cuda, cuda:N (N from 0), or auto: CUDA where it works.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads of the CPU kernels, at most 4 for each core. [default: one per core]",
-)
+@threads_option
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),

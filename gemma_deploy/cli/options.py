@@ -8,6 +8,26 @@ import click
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def threads_option(function: Function) -> Function:
+    """Add --threads; the command gets `threads: int | None`, no more than there are cores."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        callback=lambda _context, _parameter, value: _usable_threads(value),
+        help="Threads of the CPU kernels. More than there are cores become as many; more than 4 for "
+        "each core are refused. [default: one per core]",
+    )(function)
+
+
+def _usable_threads(threads: int | None) -> int | None:
+    if threads is None:
+        return None
+    from gemma_deploy.runtime.threads import usable_threads
+
+    return usable_threads(threads)
+
+
 def runtime_options(function: Function) -> Function:
     """Add --device, --threads and --max-seq-len: where and how a model is run."""
     decorators = (
@@ -18,12 +38,7 @@ def runtime_options(function: Function) -> Function:
             metavar="DEVICE",
             help="Where to run: cpu, cuda, cuda:N (N from 0), or auto: CUDA where it works.",
         ),
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="Threads of the CPU kernels, at most 4 for each core. [default: one per core]",
-        ),
+        threads_option,
         click.option(
             "--max-seq-len",
             type=click.IntRange(min=1),

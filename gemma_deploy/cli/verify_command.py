@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.cli.console import Progress, emit_json, progress, say
+from gemma_deploy.cli.options import threads_option
 from gemma_deploy.text_files import read_text
 
 if TYPE_CHECKING:
@@ -108,12 +109,7 @@ CPU multiplies matrices in float32.
     metavar="DEVICE",
     help="Where the graphs run: cpu, cuda, cuda:N (N from 0), or auto: CUDA where it works.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads of the CPU kernels, at most 4 for each core. [default: one per core]",
-)
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all figures.")
 def command(
     *,

@@ -13,7 +13,7 @@ from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.dtypes import check_dtype, dtype_name
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
-from gemma_deploy.runtime.threads import check_threads
+from gemma_deploy.runtime.threads import usable_threads
 from gemma_deploy.tensorrt import FLAVOURS, Flavour
 
 
@@ -87,7 +87,7 @@ def create_session(  # noqa: PLR0913  # all but the model by name
         raise RequestError(
             f"backend is {shortened(backend)}; expected auto, {', '.join(sorted(BACKENDS))}"
         )
-    check_threads(threads)
+    threads = usable_threads(threads)
     name = dtype_name(dtype)
     check_dtype(source, name)
     request = SessionRequest(

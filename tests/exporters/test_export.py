@@ -192,6 +192,15 @@ def test_the_versions_of_everything_that_made_it_are_recorded(export: Export) ->
     assert {"onnxruntime", "onnxruntime-gpu"} & versions.keys()
 
 
+def test_the_checkpoint_it_was_made_of_is_recorded_by_no_path(export: Export) -> None:
+    source = export.bundle.manifest.source
+    config = (export.checkpoint / "config.json").read_bytes()
+    assert source is not None
+    assert source.config_sha256 == hashlib.sha256(config).hexdigest()
+    for path in export.bundle.folder.glob("*.json"):
+        assert str(export.checkpoint.parent) not in path.read_text()
+
+
 def test_the_default_dtype_is_the_checkpoints_own(export: Export) -> None:
     assert export.bundle.manifest.precision.weights == "bfloat16"
     stored = load_file(export.bundle.weights_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_deploy.bundle import Bundle
+from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import (
     BundleError,
@@ -51,6 +52,7 @@ UNSAFE_PATHS = [
 ]
 
 REMOVED = "<removed>"
+SOURCE = CheckpointSource(config_sha256="a" * 64, headers_sha256="b" * 64)
 
 
 @pytest.fixture
@@ -70,6 +72,7 @@ def folder(tmp_path: Path) -> Path:
         max_seq_len=64,
         files={name: record_file(folder / name) for name in FILES},
         versions={"python": "3.11"},
+        source=SOURCE,
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return folder
@@ -112,7 +115,14 @@ def test_opening_reads_back_what_was_written(folder: Path) -> None:
     assert bundle.generation_config() == {"eos_token_id": [1, 107]}
     assert bundle.manifest.max_seq_len == 64
     assert bundle.manifest.versions == {"python": "3.11"}
+    assert bundle.manifest.source == SOURCE
     assert (folder / "manifest.json").read_text(encoding="utf-8") == bundle.manifest.to_json()
+
+
+def test_an_older_bundle_does_not_say_what_it_was_made_of(folder: Path) -> None:
+    edit(folder, "source", REMOVED)
+
+    assert Bundle.open(folder).manifest.source is None
 
 
 def with_tensorrt_graphs(folder: Path) -> Path:
@@ -328,6 +338,10 @@ def test_a_damaged_manifest(folder: Path, content: bytes, message: str) -> None:
         ("graphs", []),
         ("tokenizer", None),
         ("versions", 3),
+        ("source", "google/gemma-2b"),
+        ("source/headers_sha256", REMOVED),
+        ("source/commit", "main"),
+        ("source/path", "/home/me/gemma"),
         ("graphs/decode", REMOVED),
         ("quantization", False),
         ("quantization", {"method": "rtn"}),

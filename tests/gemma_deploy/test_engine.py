@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, EngineManifest, Plan
 from gemma_deploy.engine_build import EngineBuild, EngineLimits, build_command, engine_spec
@@ -44,6 +45,7 @@ def _manifest(files: dict[str, FileRecord], **changes: Any) -> EngineManifest:
         model_max_seq_len=8192,
         files=files,
         versions={"python": "3.11"},
+        source=CheckpointSource(config_sha256="a" * 64, headers_sha256="b" * 64),
     )
     return dataclasses.replace(manifest, **changes)
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from gemma_deploy import memory
 from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.config import GemmaConfig
+from gemma_deploy.cpu_memory import RUNTIME_BYTES, cpu_memory
 from gemma_deploy.graph_spec import Precision
 from gemma_deploy.quantization.formats import WeightFormat
 
@@ -106,6 +107,7 @@ class TestEstimate:
             GEMMA_2B,
             Precision.of("float16"),
             stored_bytes=5_012_344_832,
+            tokenizer_file_bytes=0,
             batch_size=1,
             max_seq_len=8192,
             prefill_tokens=512,
@@ -115,9 +117,9 @@ class TestEstimate:
         assert result.weights_bytes == 5_012_344_832
         assert result.gpu_total_bytes == 5_012_344_832 + 150_994_944 + result.activation_bytes
         # All but the 37 norms of 2048, 4 bytes each.
-        assert result.cpu_weights_bytes == (2_506_172_416 - 37 * 2048) * 4
+        assert result.cpu.weights_bytes == (2_506_172_416 - 37 * 2048) * 4
         assert result.cpu_total_bytes == (
-            result.cpu_weights_bytes + 150_994_944 + result.activation_bytes
+            RUNTIME_BYTES + result.cpu.weights_bytes + 150_994_944 + result.activation_bytes
         )
 
     def test_an_int8_cache_is_a_quarter_and_is_widened_a_layer_at_a_time(self) -> None:
@@ -126,6 +128,7 @@ class TestEstimate:
                 GEMMA_2B,
                 Precision.of("float32", cache),
                 stored_bytes=1,
+                tokenizer_file_bytes=0,
                 batch_size=2,
                 max_seq_len=8192,
                 prefill_tokens=512,
@@ -142,18 +145,18 @@ class TestEstimate:
         untied = GemmaConfig.from_dict(SMALL.to_dict() | {"tie_word_embeddings": False})
 
         # As many matrices are multiplied with: the head instead of the embedding.
-        assert memory.cpu_weights_bytes(untied) == memory.cpu_weights_bytes(SMALL) == 2336 * 4
+        assert held(untied) == held(SMALL) == 2336 * 4
 
     # Of SMALL's matrices the table has 800 elements, the layers 2 * 768: feed-forward matrices of 128,
     # q and o of 128, k and v of 64.
     @pytest.mark.parametrize(
         ("scheme", "expected"),
         [
-            # Half a byte per code, and 16 bytes per block.
-            ("int4/32", 2336 // 2 + 2336 // 32 * 16),
-            ("int8/32", 2336 + 2336 // 32 * 16),
+            # Half a byte per code, and 12 bytes per block.
+            ("int4/32", 2336 // 2 + 2336 // 32 * 12),
+            ("int8/32", 2336 + 2336 // 32 * 12),
             # Rows are cut into blocks of 32 as well.
-            ("int8/channel", 2336 + 2336 // 32 * 16),
+            ("int8/channel", 2336 + 2336 // 32 * 12),
             ("fp8/channel", 2336 * 4),
             # The table is the largest matrix that is dequantized at a step.
             ("nf4/32", 2336 // 32 * 4 + 800 * 4),
@@ -166,24 +169,30 @@ class TestEstimate:
             if len(shape) == 2
         }
 
-        assert memory.cpu_weights_bytes(SMALL, formats) == expected
+        assert held(SMALL, formats) == expected
 
     def test_only_what_is_quantized_is_small_on_a_cpu(self) -> None:
         formats = {"model.embed_tokens.weight": WeightFormat("int8", 32)}
 
-        assert memory.cpu_weights_bytes(SMALL, formats) == (2336 - 800) * 4 + 800 + 800 // 32 * 16
+        assert held(SMALL, formats) == (2336 - 800) * 4 + 800 + 800 // 32 * 12
 
     def test_a_short_cache_needs_no_long_chunk(self) -> None:
         result = memory.estimate(
             SMALL,
             Precision.of("float32"),
             stored_bytes=0,
+            tokenizer_file_bytes=0,
             batch_size=1,
             max_seq_len=16,
             prefill_tokens=512,
         )
 
         assert result.prefill_tokens == 16
+
+
+def held(config: GemmaConfig, formats: Mapping[str, WeightFormat] | None = None) -> int:
+    matrices = memory.packed_matrices(config, "float16", formats or {})
+    return cpu_memory(matrices, vocab_size=100, tokenizer_file_bytes=0).weights_bytes
 
 
 def peak(config: GemmaConfig, *, tokens: int, max_seq_len: int) -> int:

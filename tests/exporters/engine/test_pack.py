@@ -91,6 +91,7 @@ def test_a_packed_engine_has_what_generating_needs(
     assert packed.changed_files() == []
     assert packed.manifest.build == engine.manifest.build
     assert packed.manifest.model == bundle.config
+    assert packed.manifest.source == bundle.manifest.source is not None
     assert packed.generation_config() == bundle.generation_config()
     assert set(packed.manifest.tokenizer) == tokenizer
     assert seen[-1][1] == seen[-1][2] == sum(x.size_bytes for x in packed.manifest.files.values())

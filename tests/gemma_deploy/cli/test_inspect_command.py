@@ -58,6 +58,8 @@ class TestBundle:
         assert "limits 8192 tokens of prompt and answer together" in lines
         assert "tokenizer " + ", ".join(manifest["tokenizer"]) in lines
         assert "generation generation_config.json" in lines
+        source = manifest["source"]["config_sha256"]
+        assert any(x.startswith(f"made of a folder, config.json {source[:12]}") for x in lines)
 
     def test_json_holds_the_manifest(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("inspect", bundle, "--json")
@@ -88,7 +90,9 @@ class TestBundle:
         assert long["kv_cache_bytes"] == 2 * short["kv_cache_bytes"]
         activations_and_cache = short["kv_cache_bytes"] + short["activation_bytes"]
         assert short["gpu_total_bytes"] == short["weights_bytes"] + activations_and_cache
-        assert short["cpu_total_bytes"] == short["cpu_weights_bytes"] + activations_and_cache
+        process = short["runtime_bytes"] + short["tokenizer_bytes"] + activations_and_cache
+        assert short["cpu_total_bytes"] == process + short["cpu_weights_bytes"]
+        assert short["prepacked_total_bytes"] == process + short["prepacked_weights_bytes"]
 
     def test_longer_than_the_model(self, invoke: Callable[..., Result], bundle: Path) -> None:
         result = invoke("inspect", bundle, "--max-seq-len", 9000)
