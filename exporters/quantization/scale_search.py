@@ -5,10 +5,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gemma_deploy.quantization.codes import LARGEST_CODE
+from gemma_deploy.quantization.codes import round_codes
 from gemma_deploy.quantization.formats import WeightFormat
 
-SMALLEST_CODE: Final = {"int4": -8.0, "int8": -127.0}
 # What the element of largest magnitude becomes, sign and all. -8 makes use of the sixteenth code;
 # beyond -8 and 7 that element is clipped, for smaller steps everywhere else.
 _EXTREME_CODES: Final = {
@@ -54,8 +53,3 @@ def storable(scales: Tensor) -> Tensor:
     rounded = scales.to(torch.float16).float()
     return torch.where(rounded == 0, 1.0, rounded)
 
-
-def round_codes(steps: Tensor, weight_format: WeightFormat) -> Tensor:
-    """Return the float32 codes nearest to weights in units of their scale."""
-    scheme = weight_format.scheme
-    return steps.round().clamp_(SMALLEST_CODE[scheme], LARGEST_CODE[scheme])
