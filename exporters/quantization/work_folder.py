@@ -25,8 +25,8 @@ class WorkFolder:
     """A folder of finished tensors, which belong to one checkpoint, text and choice of options.
 
     Args:
-        path: The folder; it is created, or taken up where a run of the same key left it. What a run
-            of another key left is removed.
+        path: The folder; it is created with the first that is saved, or taken up where a run of the
+            same key left it. What a run of another key left is removed.
         key: Everything that the tensors depend on, as JSON can hold it.
 
     Raises:
@@ -35,17 +35,15 @@ class WorkFolder:
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self.path = path
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self._digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if path.exists() and (not path.is_dir() or _is_foreign(path)):
             raise ExportError(
                 f"{path}, where calibration keeps what it has done, holds something else: move it "
                 "away, or choose another output"
             )
         with self._writing():
-            if path.exists() and _stated_digest(path) != digest:
+            if path.exists() and _stated_digest(path) != self._digest:
                 shutil.rmtree(path)
-            path.mkdir(parents=True, exist_ok=True)
-            (path / _KEY_FILE).write_text(json.dumps({"sha256": digest}), encoding="utf-8")
 
     def find(self, name: str) -> Path | None:
         """Return the file of a finished group of tensors; None if it is not there, or damaged."""
@@ -65,14 +63,18 @@ class WorkFolder:
         path = self.path / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
         with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            stated = json.dumps({"sha256": self._digest})
+            (self.path / _KEY_FILE).write_text(stated, encoding="utf-8")
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             return partial.replace(path)
 
     def remove(self) -> None:
-        """Remove everything."""
-        shutil.rmtree(self.path)
+        """Remove everything, if anything was saved."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

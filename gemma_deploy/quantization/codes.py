@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.quantization.grid import grid_scales
+from gemma_deploy.quantization.rounding import round_half_even_
 
 NF4_TABLE: Final = (
     -1.0,
@@ -38,9 +40,6 @@ LARGEST_CODE: Final = {"int4": 7.0, "int8": 127.0, "nf4": 1.0, "fp8": 448.0}
 SMALLEST_CODE: Final = {"int4": -8.0, "int8": -127.0}
 """The smallest code of the schemes whose codes are whole numbers."""
 
-# Added to a float32 of at most 2^22, it leaves no bit for what is behind the point.
-_NO_FRACTION: Final = 1.5 * 2.0**23
-
 
 class Quantized(NamedTuple):
     """Codes and scales of some rows of a matrix.
@@ -64,7 +63,7 @@ def quantize(
         weight_format: A quantized format whose blocks divide K.
         scales: float16, what a code of 1 stands for; None for the finest steps that reach each
             block's extremes: of int4 they take the sign that puts the larger one on -8, as
-            llama.cpp's Q4_0 does. None may be zero.
+            llama.cpp's Q4_0 does, or are those of the grid that the weights lie on. None may be zero.
 
     Returns:
         Codes that are within half a step of `weight` where it is in the scales' range.
@@ -93,22 +92,12 @@ def dequantize(quantized: Quantized, weight_format: WeightFormat) -> Tensor:
 def round_codes(steps: Tensor, weight_format: WeightFormat) -> Tensor:
     """Round weights in units of their scale to the nearest codes of int4 or int8, in place.
 
-    Ties go to the even code. A sum does it: torch.round wakes MKL's threads for every call, which for
-    a column or a few thousand elements takes a thousand times as long as the rounding.
-
     Args:
-        steps: float32; changed.
+        steps: float32; changed, and returned.
         weight_format: int4 or int8.
-
-    Returns:
-        `steps`.
     """
     scheme = weight_format.scheme
-    return (
-        steps.clamp_(SMALLEST_CODE[scheme], LARGEST_CODE[scheme])
-        .add_(_NO_FRACTION)
-        .sub_(_NO_FRACTION)
-    )
+    return round_half_even_(steps.clamp_(SMALLEST_CODE[scheme], LARGEST_CODE[scheme]))
 
 
 def pack(codes: Tensor, weight_format: WeightFormat) -> Tensor:
@@ -142,11 +131,12 @@ def _finest_scales(blocks: Tensor, weight_format: WeightFormat) -> Tensor:
     """Return the steps [n, K / block] by which no element is further than half a step from a code."""
     if weight_format.scheme != "int4":
         return blocks.abs().amax(-1) / LARGEST_CODE[weight_format.scheme]
-    low, high = torch.aminmax(blocks, dim=-1)
+    high, low = blocks.amax(-1), blocks.amin(-1)
     extreme = torch.where(high > -low, high, low)
     # The other end goes to 7 at most: where it is nearly as far out, both are half a step off.
     is_even = torch.minimum(high, -low) * 8 > extreme.abs() * 7.5
-    return extreme / torch.where(is_even, -7.5, -8.0)
+    on_grid = grid_scales(blocks)
+    return torch.where(on_grid != 0, on_grid, extreme / torch.where(is_even, -7.5, -8.0))
 
 
 def _rounded(steps: Tensor, weight_format: WeightFormat) -> Tensor:
