@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class BundlePlan:
         lowerings: What graphs are written for.
         tensors: What the weights file holds.
         prepared: What calibration has made, by name (`write_weights`).
+        importance: What scales of matrices are searched by, by name (`write_weights`).
         method: What found the codes of quantized matrices; None without any.
         scaling: What weights are divided by; None for nothing.
         overflow: Why; None where nothing computes in float16.
@@ -74,6 +75,7 @@ class BundlePlan:
     scaling: ResidualScaling | None
     overflow: OverflowReport | None
     choices: tuple[Choice, ...] = ()
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     measured_rows: Tensor | None = None
 
     @property
@@ -123,7 +125,7 @@ def _write_weights(
         on_progress("writing weights", done, total)
 
     written = write_weights(
-        plan.source, plan.tensors, folder / WEIGHTS_FILE, on_bytes, plan.prepared
+        plan.source, plan.tensors, folder / WEIGHTS_FILE, on_bytes, plan.prepared, plan.importance
     )
     weights = {tensor.name: (tensor, written.offsets[tensor.name]) for tensor in plan.tensors}
     return weights, written.record

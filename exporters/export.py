@@ -19,7 +19,11 @@ from gemma_deploy.exporters.export_checks import (
 from gemma_deploy.exporters.preflight import preflight, preflight_rows
 from gemma_deploy.exporters.quantization.automatic import candidates_of
 from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
-from gemma_deploy.exporters.quantization.prepare import PreparedWeights, prepare
+from gemma_deploy.exporters.quantization.prepare import (
+    PreparedWeights,
+    possible_options,
+    prepare,
+)
 from gemma_deploy.exporters.weights import plan_cache_scales, plan_weights
 from gemma_deploy.graph_spec import CacheDType, DType, Lowering, Precision
 from gemma_deploy.manifest import MANIFEST_FILE
@@ -60,9 +64,9 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
         quantization: What matrices to quantize, and how; None for none.
         calibration_text: What the model reads where activations are measured, and at its end where
             quantized weights are compared with the original; None for built-in texts.
-        is_calibrated: Whether the model is run to find what overflows float16 and how far quantized
-            weights are from the original; else the first is bounded by the weights, and the second
-            not known.
+        is_calibrated: Whether the model is run on text; else what overflows float16 is bounded by the
+            weights, int4 is rounded to nearest unless another method is asked for, and how far
+            quantized weights are from the original is not known.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called as the work goes on.
 
@@ -86,16 +90,15 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
     # Read first: a bundle whose tokenizer cannot be read would be of no use.
     has_tokenizer = bool(GemmaTokenizer.files(checkpoint))
     tokenizer = GemmaTokenizer.from_pretrained(checkpoint) if has_tokenizer else None
+    if quantization is not None:
+        quantization = possible_options(
+            quantization, checkpoint, tokenizer, is_calibrated=is_calibrated
+        )
     formats = _formats(source, quantization)
     if formats or quantization is not None:
         precision = Precision.of_quantized(dtype, cache_dtype)
     else:
         precision = Precision.of(dtype or _own_dtype(source), cache_dtype)
-    if quantization is not None and quantization.needs_calibration and not is_calibrated:
-        raise RequestError(
-            "--method awq, --method gptq and --auto calibrate, and --no-calibration forbids it: drop "
-            "one of them"
-        )
     if precision.cache == "int8" and not is_calibrated:
         raise RequestError(
             "--cache-dtype int8 measures its scales on a text, and --no-calibration forbids it: drop "
@@ -123,7 +126,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             overflow.scaling if overflow is not None and not overflow.scaling.is_none else None
         )
         tensors = plan_weights(source, precision, formats, scaling)
-        is_kept = quantization is not None and quantization.needs_calibration
+        is_kept = quantization is not None and quantization.keeps_results
         # Calibration keeps its results until the bundle is written; what --auto takes, it decides.
         require_space(folder, sum(x.size_bytes for x in tensors) * (2 if is_kept else 1), output)
         weights = PreparedWeights(formats=formats, method="bitsandbytes" if formats else None)
@@ -150,6 +153,7 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
             tensors=plan_weights(source, precision, weights.formats, scaling)
             + plan_cache_scales(scales, scaling),
             prepared={**weights.prepared, **scales},
+            importance=weights.importance,
             method=weights.method,
             scaling=scaling,
             overflow=overflow,

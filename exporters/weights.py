@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemma_deploy.checkpoint import DTYPE_NAMES, Checkpoint
 from gemma_deploy.errors import CheckpointError, ExportError
+from gemma_deploy.exporters.quantization.scale_search import search_scales
 from gemma_deploy.file_records import FileRecord
 from gemma_deploy.graph_spec import DType, Precision
 from gemma_deploy.quantization.codes import pack, quantize
@@ -31,6 +32,7 @@ _DATA_ALIGNMENT_BYTES = 4096
 _BLOCK_BYTES = 16 << 20
 _NO_FORMATS: Final[Mapping[str, WeightFormat]] = MappingProxyType({})
 _NOTHING_PREPARED: Final[Mapping[str, "Path | Tensor"]] = MappingProxyType({})
+_NO_IMPORTANCE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 _TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -164,6 +166,7 @@ def write_weights(
     path: Path,
     on_bytes: Callable[[int], object] = lambda _: None,
     prepared: Mapping[str, Path | Tensor] = _NOTHING_PREPARED,
+    importance: Mapping[str, Tensor] = _NO_IMPORTANCE,
 ) -> WeightsFile:
     """Stream a checkpoint's tensors into a safetensors file, hashing it on the way.
 
@@ -174,6 +177,8 @@ def write_weights(
         on_bytes: Called with the number of bytes written since the last call.
         prepared: What calibration has made, by the name of the tensor, not yet divided by its
             divisor: the tensor, or a safetensors file with its parts.
+        importance: What errors of columns count, float32 [K], by the name of the int4 or int8 matrix
+            whose scales are searched by it; others are rounded to nearest.
 
     Raises:
         CheckpointError: A weight is not finite, or the checkpoint cannot be read.
@@ -190,7 +195,8 @@ def write_weights(
         write(header)
         for tensor in plan:
             later: list[Tensor] = []
-            for block, *scales in _blocks(checkpoint, tensor, prepared.get(tensor.name)):
+            made = prepared.get(tensor.name)
+            for block, *scales in _blocks(checkpoint, tensor, made, importance.get(tensor.name)):
                 write(_bytes_of(block))
                 on_bytes(block.nbytes)
                 later += scales
@@ -230,7 +236,10 @@ def _header(plan: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
 
 
 def _blocks(
-    checkpoint: Checkpoint, tensor: StoredTensor, prepared: Path | Tensor | None
+    checkpoint: Checkpoint,
+    tensor: StoredTensor,
+    prepared: Path | Tensor | None,
+    importance: Tensor | None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield blocks of rows of a tensor's parts."""
     if isinstance(prepared, Tensor):
@@ -245,7 +254,7 @@ def _blocks(
         raw = bytearray((stop - start) * info.row_bytes)
         checkpoint.read_rows(tensor.source, start, stop, memoryview(raw))
         block = torch.frombuffer(raw, dtype=dtype).view(stop - start, *info.shape[1:])
-        yield _transformed(block, tensor)
+        yield _transformed(block, tensor, importance)
 
 
 def _prepared_blocks(tensor: StoredTensor, path: Path) -> Iterator[tuple[Tensor, ...]]:
@@ -269,7 +278,9 @@ def _prepared_blocks(tensor: StoredTensor, path: Path) -> Iterator[tuple[Tensor,
             yield *codes, divided
 
 
-def _transformed(block: Tensor, tensor: StoredTensor) -> tuple[Tensor, ...]:
+def _transformed(
+    block: Tensor, tensor: StoredTensor, importance: Tensor | None
+) -> tuple[Tensor, ...]:
     """Fold and cast or quantize rows, and refuse what is, or would become, infinite."""
     # Rounding keeps order, so the extremes (NaN counts as one) speak for the whole block, and are
     # found eight times as fast as isfinite looks at every element.
@@ -279,7 +290,11 @@ def _transformed(block: Tensor, tensor: StoredTensor) -> tuple[Tensor, ...]:
             f"{tensor.source} holds NaN or infinity: the checkpoint is damaged; download it again"
         )
     if tensor.format.is_quantized:
-        codes, scales = quantize(_folded(block, tensor), tensor.format)
+        rows = _folded(block, tensor)
+        searched = None
+        if importance is not None:
+            searched = search_scales(rows, importance, tensor.format).to(torch.float16)
+        codes, scales = quantize(rows, tensor.format, searched)
         is_finite = bool(torch.isfinite(scales).all())
         parts: tuple[Tensor, ...] = (pack(codes, tensor.format), scales)
     else:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from gemma_deploy.exporters.quantization.scale_search import round_codes, storable
+from gemma_deploy.exporters.quantization.scale_search import storable
+from gemma_deploy.quantization.codes import round_codes
 from gemma_deploy.quantization.formats import WeightFormat
 
 _SWEEPS = 5

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gemma_deploy.exporters.quantization.descent import descend
-from gemma_deploy.exporters.quantization.scale_search import round_codes, search_scales
-from gemma_deploy.quantization.codes import Quantized, dequantize, quantize
+from gemma_deploy.exporters.quantization.scale_search import search_scales
+from gemma_deploy.quantization.codes import Quantized, dequantize, quantize, round_codes
 from gemma_deploy.quantization.formats import WeightFormat
 
 # Of the mean of the Hessian's diagonal; the paper's.

@@ -1,6 +1,6 @@
 """What an export quantizes, and how: `QuantizationOptions`, and the format of every matrix by them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
@@ -11,14 +11,16 @@ from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
 from gemma_deploy.quantization.formats import SCHEMES, Scheme, WeightFormat
 
-Method = Literal["rtn", "awq", "gptq"]
+Method = Literal["rtn", "imatrix", "awq", "gptq"]
 EmbeddingBits = Literal[4, 8, 16]
 
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 EMBEDDING_BITS: Final[tuple[EmbeddingBits, ...]] = get_args(EmbeddingBits)
 EMBEDDINGS: Final = "embeddings"
 """How `keep` calls the embedding table, and the head where it is not tied to it."""
-DEFAULT_CALIBRATION_TOKENS: Final = 32_768
+DEFAULT_CALIBRATION_TOKENS: Final[Mapping[Method, int]] = MappingProxyType(
+    {"rtn": 0, "imatrix": 4096, "awq": 32_768, "gptq": 32_768}
+)
 
 _DEFAULT_BLOCK_SIZES: Final = MappingProxyType({"int4": 32, "int8": 32, "nf4": 64, "fp8": None})
 # Neither ONNX Runtime nor TensorRT looks rows up in an NF4 or FP8 table.
@@ -42,9 +44,9 @@ class QuantizationOptions:
             None for 4 with int4, else 8.
         keep: What is not quantized: layer numbers (`3`), ranges (`0-2`, both included), matrices
             (`down_proj`, `3.down_proj`), `embeddings`.
-        method: `rtn` rounds to nearest; `awq` and `gptq` look at what the model does with a text.
-            None for rtn, and for gptq with `is_automatic`.
-        calibration_tokens: How much of the calibration text is read.
+        method: `rtn` rounds to nearest; `imatrix`, `awq` and `gptq` look at what the model does with a
+            text. None for imatrix with int4, else rtn; for gptq with `is_automatic`.
+        calibration_tokens: How much of the calibration text is read; None for the method's default.
         is_automatic: Whether formats are chosen per matrix by measured sensitivity, under a budget.
         max_size_bytes: That budget: size of the weights file.
         max_kl_nats: Or that one: mean KL divergence from the float32 model on calibration text.
@@ -59,7 +61,7 @@ class QuantizationOptions:
     embedding_bits: EmbeddingBits | None = None
     keep: tuple[str, ...] = ()
     method: Method | None = None
-    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+    calibration_tokens: int | None = None
     is_automatic: bool = False
     max_size_bytes: int | None = None
     max_kl_nats: float | None = None
@@ -114,12 +116,23 @@ class QuantizationOptions:
     @property
     def chosen_method(self) -> Method:
         """How codes are found."""
-        return self.method or ("gptq" if self.is_automatic else "rtn")
+        default: Method = "imatrix" if self.scheme == "int4" else "rtn"
+        return self.method or ("gptq" if self.is_automatic else default)
+
+    @property
+    def chosen_calibration_tokens(self) -> int:
+        """How much of the calibration text is read."""
+        return self.calibration_tokens or DEFAULT_CALIBRATION_TOKENS[self.chosen_method]
 
     @property
     def needs_calibration(self) -> bool:
         """Whether a text has to be run through the model."""
         return self.chosen_method != "rtn" or self.is_automatic
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether calibration makes codes, and keeps them on disk until the bundle is written."""
+        return self.chosen_method in ("awq", "gptq")
 
 
 def formats_of(config: GemmaConfig, options: QuantizationOptions) -> dict[str, WeightFormat]:
@@ -208,7 +221,7 @@ def _check_budget(options: QuantizationOptions) -> None:
     for budget in budgets:
         if budget is not None and not budget > 0:
             raise RequestError(f"a budget of {budget} was given; it must be positive")
-    if options.calibration_tokens < 1:
+    if options.calibration_tokens is not None and options.calibration_tokens < 1:
         raise RequestError(
             f"calibration_tokens is {options.calibration_tokens}; it must be positive"
         )

@@ -1,20 +1,23 @@
 """Everything an export knows of quantized weights before it writes them: `prepare`."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from torch import Tensor
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import RequestError
+from gemma_deploy.errors import RequestError, warn
 from gemma_deploy.exporters.calibration.text import token_rows
 from gemma_deploy.exporters.quantization.automatic import candidates_of, choose_formats
 from gemma_deploy.exporters.quantization.awq import run_awq
 from gemma_deploy.exporters.quantization.gptq_run import run_gptq
-from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
+from gemma_deploy.exporters.quantization.importance import measure_importance
+from gemma_deploy.exporters.quantization.options import Method, QuantizationOptions, formats_of
 from gemma_deploy.exporters.quantization.sensitivity import measure_sensitivities
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
 from gemma_deploy.exporters.weights import header_bytes, plan_weights
@@ -24,9 +27,11 @@ from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 ROW_TOKENS: Final = 512
-MIN_CALIBRATION_TOKENS: Final = 2048
-"""Fewer say too little of which inputs go together."""
-_RECIPE: Final = 1
+# Fewer say too little of how strong inputs are, and of which go together.
+_MIN_TOKENS: Final[Mapping[Method, int]] = MappingProxyType(
+    {"imatrix": 64, "awq": 2048, "gptq": 2048}
+)
+_RECIPE: Final = 2
 """To be raised when calibration finds something else of the same inputs."""
 SENSITIVITY_TOKENS: Final = 512
 """Read by --auto. Time grows with the square of the number of layers, so there are few of them."""
@@ -41,6 +46,7 @@ class PreparedWeights:
         method: What finds their codes; None where nothing is quantized.
         prepared: Files of the tensors that are made already (`write_weights`).
         choices: What `--auto` chose; empty without it.
+        importance: What scales of matrices are searched by (`write_weights`).
         work: Where calibration keeps its results until the export succeeds, or None.
     """
 
@@ -48,7 +54,45 @@ class PreparedWeights:
     method: str | None = None
     prepared: Mapping[str, Path] = field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     work: WorkFolder | None = None
+
+
+def possible_options(
+    options: QuantizationOptions,
+    folder: Path,
+    tokenizer: GemmaTokenizer | None,
+    *,
+    is_calibrated: bool,
+) -> QuantizationOptions:
+    """Return the options, with rounding for a default method that cannot read text here.
+
+    Args:
+        options: What is asked for.
+        folder: The checkpoint's.
+        tokenizer: Its tokenizer, if it has one.
+        is_calibrated: Whether the model may be run on text.
+
+    Raises:
+        RequestError: A method that reads text was asked for, and cannot.
+
+    Warns:
+        GemmaDeployWarning: Rounding takes the default method's place.
+    """
+    if not options.needs_calibration or (is_calibrated and tokenizer is not None):
+        return options
+    obstacle, remedy = "--no-calibration forbids it", "drop one of them"
+    if is_calibrated:
+        obstacle = f"{folder} has no tokenizer.json"
+        remedy = "add the tokenizer's files, or use --method rtn without --auto"
+    if options.method is not None or options.is_automatic:
+        asked = "--auto" if options.is_automatic else f"--method {options.method}"
+        raise RequestError(f"{asked} calibrates on text, and {obstacle}: {remedy}")
+    warn(
+        f"{options.scheme} weights are rounded to nearest (--method rtn), further from the original "
+        f"than by --method {options.chosen_method}, which calibrates on text: {obstacle}"
+    )
+    return dataclasses.replace(options, method="rtn")
 
 
 def prepare(
@@ -65,26 +109,21 @@ def prepare(
 
     Args:
         checkpoint: The model.
-        tokenizer: Its tokenizer.
-        options: What is asked for.
+        tokenizer: Its tokenizer; None only where the options need no calibration.
+        options: From `possible_options`.
         precision: Of the bundle: what is not quantized.
         text: What the model reads; None for the built-in text.
         folder: Where an interrupted calibration finds what it had done.
         on_progress: Called as the work goes on.
 
     Raises:
-        RequestError: The text is too short, there is no tokenizer to read it with, or a budget
-            cannot be met.
+        RequestError: The text is too short, or a budget cannot be met.
         CheckpointError: The weights cannot be read, or one is not finite.
         ExportError: The work folder cannot be written.
     """
     if not options.needs_calibration:
         return PreparedWeights(formats=formats_of(checkpoint.config, options), method="rtn")
-    if tokenizer is None:
-        raise RequestError(
-            f"{checkpoint.folder} has no tokenizer.json, and calibration reads text: add the "
-            "tokenizer's files, or use --method rtn without --auto"
-        )
+    assert tokenizer is not None  # noqa: S101  # `possible_options` saw to it
     choices: tuple[Choice, ...] = ()
     if options.is_automatic:
         choices = _chosen(checkpoint, tokenizer, options, precision, text, on_progress)
@@ -94,14 +133,23 @@ def prepare(
     method = options.chosen_method
     if method == "rtn":
         return PreparedWeights(formats=formats, method=method, choices=choices)
+    num_tokens = options.chosen_calibration_tokens
     rows = token_rows(
         tokenizer,
         text,
         row_tokens=min(ROW_TOKENS, checkpoint.config.max_position_embeddings),
-        min_tokens=min(MIN_CALIBRATION_TOKENS, options.calibration_tokens),
-        max_tokens=options.calibration_tokens,
+        min_tokens=min(_MIN_TOKENS[method], num_tokens),
+        max_tokens=num_tokens,
     )
     work = WorkFolder(folder, _key(checkpoint, formats, method, rows))
+    if method == "imatrix":
+        return PreparedWeights(
+            formats=formats,
+            method=method,
+            importance=measure_importance(checkpoint, rows, formats, work, on_progress),
+            choices=choices,
+            work=work,
+        )
     run = run_gptq if method == "gptq" else run_awq
     try:
         prepared = run(checkpoint, rows, formats, work, on_progress)

@@ -67,8 +67,11 @@ class WorkFolder:
             self.close()
 
     def close(self) -> None:
-        """Let others work there; what is done is kept."""
-        self._lock.close()
+        """Let others work there; what is done is kept, and nothing where nothing is."""
+        if any(self.path.glob("*.safetensors")):
+            self._lock.close()
+        else:
+            self.remove()
 
     def find(self, name: str) -> Path | None:
         """Return the file of a finished group of tensors; None if it is not there, or damaged."""
@@ -96,7 +99,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove everything that is still there, and let go of the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
+        self._lock.close()
         if self.path.exists():
             warn(
                 f"{self.path}, which calibration needs no more, cannot be removed: remove it yourself"

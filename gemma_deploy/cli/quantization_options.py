@@ -85,15 +85,18 @@ def quantization_options(function: Function) -> Function:
         ),
         click.option(
             "--method",
-            type=click.Choice(["rtn", "awq", "gptq"]),
-            help="How codes are found. rtn: rounding to nearest, in a minute. awq, gptq: by what the "
-            "model does on a text; slower, closer to the original. [default: rtn]",
+            type=click.Choice(["rtn", "imatrix", "awq", "gptq"]),
+            help="How codes are found. rtn: rounding to nearest, without a text. imatrix: scales "
+            "searched by how strong inputs are on a text, as llama.cpp does; about as quick. awq, gptq: "
+            "by what the model does on more text; slower; gptq is the closest to the original. "
+            "[default: imatrix with --int4, else rtn; gptq with --auto]",
         ),
         click.option(
             "--calibration-tokens",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Most tokens of the calibration text that awq, gptq and --auto read.",
+            help="Most tokens of the calibration text that imatrix, awq and gptq read. [default: 4096 "
+            "for imatrix, 32768 for awq and gptq]",
         ),
         click.option(
             "--auto",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.quantization.grid import grid_scales
+from gemma_deploy.quantization.rounding import round_half_even_
 
 NF4_TABLE: Final = (
     -1.0,
@@ -34,9 +36,9 @@ NF4_TABLE: Final = (
 """The sixteen values of NF4, as shares of a block's largest magnitude."""
 
 LARGEST_CODE: Final = {"int4": 7.0, "int8": 127.0, "nf4": 1.0, "fp8": 448.0}
-"""The largest code of each scheme; of int4 the smallest is -8."""
-
-_SMALLEST_INT4: Final = -8
+"""The largest code of each scheme."""
+SMALLEST_CODE: Final = {"int4": -8.0, "int8": -127.0}
+"""The smallest code of the schemes whose codes are whole numbers."""
 
 
 class Quantized(NamedTuple):
@@ -61,7 +63,7 @@ def quantize(
         weight_format: A quantized format whose blocks divide K.
         scales: float16, what a code of 1 stands for; None for the finest steps that reach each
             block's extremes: of int4 they take the sign that puts the larger one on -8, as
-            llama.cpp's Q4_0 does. None may be zero.
+            llama.cpp's Q4_0 does, or are those of the grid that the weights lie on. None may be zero.
 
     Returns:
         Codes that are within half a step of `weight` where it is in the scales' range.
@@ -85,6 +87,17 @@ def dequantize(quantized: Quantized, weight_format: WeightFormat) -> Tensor:
     else:
         values = codes.float()
     return (_blocked(values, weight_format) * scales.float().unsqueeze(-1)).reshape(codes.shape)
+
+
+def round_codes(steps: Tensor, weight_format: WeightFormat) -> Tensor:
+    """Round weights in units of their scale to the nearest codes of int4 or int8, in place.
+
+    Args:
+        steps: float32; changed, and returned.
+        weight_format: int4 or int8.
+    """
+    scheme = weight_format.scheme
+    return round_half_even_(steps.clamp_(SMALLEST_CODE[scheme], LARGEST_CODE[scheme]))
 
 
 def pack(codes: Tensor, weight_format: WeightFormat) -> Tensor:
@@ -118,20 +131,19 @@ def _finest_scales(blocks: Tensor, weight_format: WeightFormat) -> Tensor:
     """Return the steps [n, K / block] by which no element is further than half a step from a code."""
     if weight_format.scheme != "int4":
         return blocks.abs().amax(-1) / LARGEST_CODE[weight_format.scheme]
-    low, high = torch.aminmax(blocks, dim=-1)
+    high, low = blocks.amax(-1), blocks.amin(-1)
     extreme = torch.where(high > -low, high, low)
     # The other end goes to 7 at most: where it is nearly as far out, both are half a step off.
     is_even = torch.minimum(high, -low) * 8 > extreme.abs() * 7.5
-    return extreme / torch.where(is_even, -7.5, -8.0)
+    on_grid = grid_scales(blocks)
+    return torch.where(on_grid != 0, on_grid, extreme / torch.where(is_even, -7.5, -8.0))
 
 
 def _rounded(steps: Tensor, weight_format: WeightFormat) -> Tensor:
     """Return the codes nearest to weights in units of their scale."""
     match weight_format.scheme:
-        case "int4":
-            return steps.round().clamp(_SMALLEST_INT4, LARGEST_CODE["int4"]).to(torch.int8)
-        case "int8":
-            return steps.round().clamp(-LARGEST_CODE["int8"], LARGEST_CODE["int8"]).to(torch.int8)
+        case "int4" | "int8":
+            return round_codes(steps, weight_format).to(torch.int8)
         case "nf4":
             table = torch.tensor(NF4_TABLE, dtype=torch.float32)
             return torch.bucketize(steps, (table[1:] + table[:-1]) / 2).to(torch.int8)

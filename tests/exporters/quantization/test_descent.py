@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from gemma_deploy.exporters.quantization.descent import descend
-from gemma_deploy.exporters.quantization.scale_search import round_codes, search_scales
+from gemma_deploy.exporters.quantization.scale_search import search_scales
+from gemma_deploy.quantization.codes import round_codes
 from gemma_deploy.quantization.formats import WeightFormat
 
 

@@ -1,16 +1,18 @@
 """Formats, calibration and what an export does with them, on the small trained model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import ExportError, RequestError
+from gemma_deploy.errors import ExportError, GemmaDeployWarning, RequestError
 from gemma_deploy.exporters.export import export_checkpoint
-from gemma_deploy.exporters.quantization.options import QuantizationOptions
-from gemma_deploy.exporters.quantization.prepare import PreparedWeights, prepare
+from gemma_deploy.exporters.quantization.options import Method, QuantizationOptions
+from gemma_deploy.exporters.quantization.prepare import PreparedWeights, possible_options, prepare
 from gemma_deploy.graph_spec import Precision
+from gemma_deploy.quantization.formats import Scheme
 from gemma_deploy.tokenizer import GemmaTokenizer
 
 TINY_GEMMA = Path(__file__).parents[3] / "samples" / "tiny-gemma"
@@ -49,27 +51,65 @@ def test_formats_are_chosen_under_a_size(tmp_path: Path) -> None:
     assert len(set(found.formats.values())) > 1
 
 
-def test_calibration_without_a_tokenizer(tiny_checkpoint: Any, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"has no tokenizer\.json, and calibration reads text"):
-        prepare(
-            Checkpoint.open(tiny_checkpoint("gemma1")),
-            None,
-            QuantizationOptions(method="gptq"),
-            Precision.of_quantized(None),
-            text=None,
-            folder=tmp_path,
-            on_progress=lambda *_: None,
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({"method": "gptq"}, "--method gptq"), ({"is_automatic": True, "max_kl_nats": 1}, "--auto")],
+)
+def test_calibration_without_a_tokenizer(
+    tiny_checkpoint: Any, tmp_path: Path, options: dict[str, Any], asked: str
+) -> None:
+    message = rf"{asked} calibrates on text, and .* has no tokenizer\.json: add the tokenizer's"
+    with pytest.raises(RequestError, match=message):
+        export_checkpoint(
+            tiny_checkpoint("gemma1"),
+            tmp_path / "bundle",
+            quantization=QuantizationOptions(**options),
         )
+    assert not (tmp_path / "bundle").exists()
 
 
-def test_calibration_that_was_forbidden(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="--auto calibrate, and --no-calibration forbids it"):
+@pytest.mark.parametrize("method", ["imatrix", "gptq"])
+def test_calibration_that_was_forbidden(tmp_path: Path, method: Method) -> None:
+    message = f"--method {method} calibrates on text, and --no-calibration forbids it: drop one"
+    with pytest.raises(RequestError, match=message):
         export_checkpoint(
             TINY_GEMMA,
             tmp_path / "bundle",
-            quantization=QuantizationOptions(method="gptq"),
+            quantization=QuantizationOptions(method=method),
             is_calibrated=False,
         )
+
+
+def test_the_default_rounds_where_it_cannot_read_text(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    with pytest.warns(GemmaDeployWarning, match=r"rounded to nearest .* has no tokenizer\.json"):
+        untold = export_checkpoint(
+            tiny_checkpoint("gemma1"), tmp_path / "untold", quantization=QuantizationOptions()
+        )
+    assert untold.manifest.method == "rtn"
+    forbidden = possible(is_calibrated=False)
+    assert forbidden == QuantizationOptions(method="rtn")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "fp8"])
+def test_other_schemes_are_rounded_without_a_word(scheme: Scheme) -> None:
+    assert possible(scheme=scheme, is_calibrated=False).chosen_method == "rtn"
+
+
+def possible(*, is_calibrated: bool, **options: Any) -> QuantizationOptions:
+    """Return what is made of options, and check that a warning says if that is something else."""
+    asked = QuantizationOptions(**options)
+    tokenizer = GemmaTokenizer.from_pretrained(TINY_GEMMA)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = possible_options(asked, TINY_GEMMA, tokenizer, is_calibrated=is_calibrated)
+    assert bool(caught) == (found != asked)
+    return found
+
+
+def test_the_default_of_int4_searches_scales_and_leaves_no_folder(tmp_path: Path) -> None:
+    bundle = export_checkpoint(TINY_GEMMA, tmp_path / "bundle", quantization=QuantizationOptions())
+    assert bundle.manifest.method == "imatrix"
+    assert [x.name for x in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
