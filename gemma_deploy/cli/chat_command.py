@@ -159,7 +159,10 @@ class Chat:
         if self._state.shows_stats:  # how it ended is among them
             notice(f"({summary(result)})")
         elif result.finish_reason == "cancelled":
-            notice(f"(Interrupted after {len(result.token_ids)} tokens.)")
+            count = len(result.token_ids)
+            notice(
+                f"(Interrupted {f'after {count} tokens' if count else 'before the first token'}.)"
+            )
         elif result.finish_reason == "length":
             notice(f"(Stopped at the limit after {len(result.token_ids)} tokens.)")
 

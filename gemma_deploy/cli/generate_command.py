@@ -215,6 +215,9 @@ def _shortened(text: str) -> str:
 def summary(result: "GenerationResult") -> str:
     """Return how a generation ended, its length and its speed, as one line."""
     timings = result.timings
+    if result.finish_reason == "cancelled" and timings.ttft_s is None:
+        after = f" after {timings.total_s:.2f} s" if timings.total_s else ""
+        return f"interrupted{after}, before the first token ({timings.prompt_tokens} prompt tokens)"
     ends = {"stop": "complete", "length": "stopped at the limit", "cancelled": "interrupted"}
     parts = [
         f"{ends[result.finish_reason]}: {timings.new_tokens} tokens in {timings.total_s:.2f} s"

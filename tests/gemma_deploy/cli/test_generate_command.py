@@ -295,7 +295,10 @@ class TestInterrupt:
 
         assert result.exit_code == 130
         assert result.stdout == "\n"
-        said = re.search(r"interrupted: 0 tokens in (\d+\.\d+) s", result.stderr)
+        said = re.search(
+            r"interrupted after (\d+\.\d+) s, before the first token \(\d+ prompt tokens\)",
+            result.stderr,
+        )
         assert said is not None
         assert float(said[1]) >= 0.1
 

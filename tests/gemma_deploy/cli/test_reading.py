@@ -52,8 +52,23 @@ def test_a_short_prompt_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stderr.getvalue() == ""
 
 
-def test_no_terminal_sees_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_a_line_and_another_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
     with reading_progress() as show:
-        show(0, 2000)
-        show(512, 2000)
+        for done in range(0, 2001, 500):
+            show(done, 2000)
+            now += 20
+    assert capsys.readouterr() == (
+        "",
+        "reading the prompt ...\nreading the prompt: 50%, 0:40 so far, about 0:40 left\n",
+    )
+
+
+def test_a_log_has_nothing_of_a_short_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    with reading_progress() as show:
+        show(0, 512)
+        show(256, 512)
     assert capsys.readouterr() == ("", "")
