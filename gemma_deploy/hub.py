@@ -108,7 +108,13 @@ def download(
 
     # The bases hold the HTTP library's own root error, whichever library this version uses.
     http_failures = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-    failures: tuple[type[Exception], ...] = (OSError, HFValidationError, *http_failures)
+    # UnicodeDecodeError: a file of its cache is damaged.
+    failures: tuple[type[Exception], ...] = (
+        OSError,
+        UnicodeDecodeError,
+        HFValidationError,
+        *http_failures,
+    )
     try:
         folder = snapshot_download(
             repo_id,

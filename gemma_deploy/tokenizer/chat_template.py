@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gemma_deploy.errors import TokenizerError
+from gemma_deploy.limits import MAX_TEMPLATE_CHARACTERS
 from gemma_deploy.quoting import shortened_text
 from gemma_deploy.tokenizer.control_marks import ControlMarks, unused_characters
 from gemma_deploy.tokenizer.control_tokens import ControlTokens
 from gemma_deploy.tokenizer.conversation import Conversation
-from gemma_deploy.tokenizer.template_environment import compiled, environment, names_in
+from gemma_deploy.tokenizer.template_environment import compiled, names_in
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -55,7 +56,8 @@ DEFAULT_CHAT_TEMPLATE: Final = """\
 class ChatTemplate:
     """A Jinja template for conversations, compiled when it is first used.
 
-    Rendering is sandboxed. Names and whitespace behave as in transformers: `messages`, `tools`,
+    Rendering is sandboxed: a template reaches nothing but what it is given, and can spend no more than
+    some seconds and some hundred megabytes (more for long conversations). Names and whitespace behave as in transformers: `messages`, `tools`,
     `add_generation_prompt`, the special tokens, `raise_exception`, `strftime_now`, the filter
     `tojson`, `{% break %}`, `{% generation %}`. Safe to share between threads: what is made when it
     is first needed is the same whichever thread makes it.
@@ -71,6 +73,11 @@ class ChatTemplate:
     def __init__(
         self, source: str | None, named_tokens: Mapping[str, str], control_tokens: ControlTokens
     ) -> None:
+        if source is not None and len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise TokenizerError(
+                f"The checkpoint's chat template has {len(source):,} characters; expected at most "
+                f"{MAX_TEMPLATE_CHARACTERS:,}. Use the original model's, as chat_template.jinja."
+            )
         self.is_default = source is None
         self._source = DEFAULT_CHAT_TEMPLATE if source is None else source
         self._named_tokens = named_tokens
@@ -115,7 +122,7 @@ class ChatTemplate:
 
     @cached_property
     def _plain(self) -> "_Variant":
-        return _Variant(environment().from_string(self._source), self._named_tokens, {})
+        return _Variant(compiled(self._source), self._named_tokens, {})
 
     @cached_property
     def _usually_marked(self) -> "_Variant":

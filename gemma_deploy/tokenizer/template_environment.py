@@ -3,44 +3,35 @@
 import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from jinja2 import Environment, Template
+    from jinja2 import Template
     from jinja2.nodes import Node
 
+    from gemma_deploy.tokenizer.template_sandbox import MeteredSandbox
 
-def environment() -> "Environment":
-    """Return a new sandbox: templates come with checkpoints and are other people's code."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # Chat templates make text for a model, not HTML: nothing is to be escaped.
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-        extensions=[loopcontrols, _generation_extension()],
-    )
-    sandbox.filters["tojson"] = _tojson
-    sandbox.globals["raise_exception"] = _raise_exception
-    sandbox.globals["strftime_now"] = _strftime_now
-    return sandbox
+_MAX_TIME_FORMAT: Final = 100
 
 
-def compiled(source: str, change: Callable[[str], str]) -> "Template":
-    """Return a template with `change` applied to every string that it spells.
+def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
+    """Return a template, metered, with `change` applied to every string that it spells.
 
     Strings that it spells in parts (`'<start_of_' ~ 'turn>'`) are put together before.
     """
-    from jinja2 import Template
     from jinja2.optimizer import optimize
 
-    sandbox = environment()
+    from gemma_deploy.tokenizer.template_meter import metered
+    from gemma_deploy.tokenizer.template_sandbox import MeteredTemplate, instrumented
+
+    sandbox = _sandbox()
     tree = sandbox.parse(source)
-    optimize(tree, sandbox)
-    _change_strings(tree, change)
-    return Template.from_code(sandbox, sandbox.compile(tree), sandbox.make_globals(None))
+    with metered(source):  # constants are computed here
+        optimize(tree, sandbox)
+        _change_strings(tree, change)
+        sandbox.meter_additions()
+        code = sandbox.compile(instrumented(tree))
+    return MeteredTemplate.from_code(sandbox, code, sandbox.make_globals(None))
 
 
 def names_in(source: str) -> frozenset[str]:
@@ -53,9 +44,28 @@ def names_in(source: str) -> frozenset[str]:
         names.add(text)
         return text
 
-    tree = environment().parse(source)
+    tree = _sandbox().parse(source)
     _change_strings(tree, noted)
     return frozenset(names | {node.attr for node in tree.find_all(nodes.Getattr)})
+
+
+def _sandbox() -> "MeteredSandbox":
+    """Return a new sandbox: templates come with checkpoints and are other people's code."""
+    from jinja2.ext import loopcontrols
+
+    from gemma_deploy.tokenizer.template_sandbox import MeteredSandbox, metered_filter
+
+    # Chat templates make text for a model, not HTML: nothing is to be escaped.
+    sandbox = MeteredSandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        extensions=[loopcontrols, _generation_extension()],
+    )
+    sandbox.filters["tojson"] = metered_filter("tojson", _tojson)
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = _strftime_now
+    return sandbox
 
 
 def _change_strings(tree: "Node", change: Callable[[str], str]) -> None:
@@ -102,6 +112,8 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002  templates may pass it by this name
+    if len(format) > _MAX_TIME_FORMAT:
+        _raise_exception("the format of a time is too long")
     return datetime.now().strftime(format)
 
 
