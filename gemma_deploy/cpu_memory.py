@@ -18,8 +18,8 @@ from typing import Final
 from gemma_deploy.graph_spec import DTYPE_BYTES, DType
 from gemma_deploy.quantization.formats import WeightFormat
 
-RUNTIME_BYTES: Final = 36 << 20
-"""Python, numpy, ONNX Runtime and a loaded graph, without weights."""
+RUNTIME_BYTES: Final = 48 << 20
+"""Python, its packages, a loaded graph without weights, and what their allocators keep."""
 # What a loaded tokenizer holds: so much for each token of the vocabulary, whatever form its file has,
 # and no more than so many times the file. Reading takes this many times the file more.
 _TOKEN_BYTES: Final = 380
@@ -30,6 +30,8 @@ _FLOAT32_BYTES: Final = DTYPE_BYTES["float32"]
 # blocks that rows of one scale are cut into.
 _PACKED_BLOCK_BYTES: Final = 12
 _ROW_BLOCK: Final = 32
+# Of the codes that were packed, what the allocator cannot yet give back: it lies between what is held.
+_SCATTERED_CODES: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +42,13 @@ class PackedMatrix:
         packed_bytes: The copy that is multiplied with, held as long as the model is.
         original_bytes: What it is packed from, where that is not the mapped weights file; given up
             when it is packed.
+        scattered_bytes: What of it takes memory until the whole model is loaded.
         step_bytes: What each step makes of it for the time of the product.
     """
 
     packed_bytes: int
     original_bytes: int
+    scattered_bytes: int = 0
     step_bytes: int = 0
 
     @classmethod
@@ -67,7 +71,11 @@ class PackedMatrix:
             case "int4" | "int8":
                 codes_bytes = math.prod(shape) * weight_format.bits // 8
                 packed_bytes = codes_bytes + num_blocks * _PACKED_BLOCK_BYTES
-                return cls(packed_bytes=packed_bytes, original_bytes=codes_bytes)
+                return cls(
+                    packed_bytes=packed_bytes,
+                    original_bytes=codes_bytes,
+                    scattered_bytes=round(_SCATTERED_CODES * codes_bytes),
+                )
             case "nf4":
                 scales_bytes = num_blocks * _FLOAT32_BYTES
                 return cls(packed_bytes=scales_bytes, original_bytes=0, step_bytes=float32_bytes)
@@ -111,6 +119,7 @@ def cpu_memory(
     known = list(matrices)
     packed_bytes = sum(x.packed_bytes for x in known)
     originals_bytes = sum(x.original_bytes for x in known)
+    scattered_bytes = sum(x.scattered_bytes for x in known)
     step_bytes = max(x.step_bytes for x in known)
     largest_packed = max(x.packed_bytes for x in known)
     largest_original = max(x.original_bytes for x in known)
@@ -120,7 +129,7 @@ def cpu_memory(
         runtime_bytes=RUNTIME_BYTES,
         tokenizer_bytes=tokenizer_bytes,
         weights_bytes=packed_bytes + step_bytes,
-        loading_bytes=loading_bytes + packed_bytes + largest_original,
+        loading_bytes=loading_bytes + packed_bytes + scattered_bytes + largest_original,
         prepacked_weights_bytes=step_bytes,
         # Each matrix is packed all the same, and given up for the mapped copy.
         prepacked_loading_bytes=loading_bytes + largest_packed,

@@ -29,30 +29,32 @@ with gemma_deploy.load(sys.argv[1], device="cpu", max_seq_len=64) as model:
 class TestMatrices:
     # 64 x 96 = 6144 weights: 192 blocks of 32, 96 blocks of 64.
     @pytest.mark.parametrize(
-        ("dtype", "scheme", "packed", "original", "step"),
+        ("dtype", "scheme", "packed", "original", "scattered", "step"),
         [
-            ("float32", None, 4 * 6144, 0, 0),  # packed from the mapped file
-            ("float16", None, 4 * 6144, 4 * 6144, 0),
-            ("bfloat16", None, 4 * 6144, 4 * 6144, 0),
-            ("float16", "int4/32", 3072 + 192 * 12, 3072, 0),
-            ("float16", "int8/channel", 6144 + 192 * 12, 6144, 0),
-            ("float16", "nf4/64", 96 * 4, 0, 4 * 6144),
-            ("float16", "fp8/channel", 4 * 6144, 4 * 6144, 0),
+            ("float32", None, 4 * 6144, 0, 0, 0),  # packed from the mapped file
+            ("float16", None, 4 * 6144, 4 * 6144, 0, 0),
+            ("bfloat16", None, 4 * 6144, 4 * 6144, 0, 0),
+            ("float16", "int4/32", 3072 + 192 * 12, 3072, 768, 0),
+            ("float16", "int8/channel", 6144 + 192 * 12, 6144, 1536, 0),
+            ("float16", "nf4/64", 96 * 4, 0, 0, 4 * 6144),
+            ("float16", "fp8/channel", 4 * 6144, 4 * 6144, 0, 0),
         ],
     )
     def test_by_hand(
-        self, dtype: str, scheme: str | None, packed: int, original: int, step: int
+        self, dtype: str, scheme: str | None, packed: int, original: int, scattered: int, step: int
     ) -> None:
         weight_format = None if scheme is None else WeightFormat.parse(scheme)
 
         found = PackedMatrix.of((64, 96), dtype, weight_format)  # type: ignore[arg-type] # of the parameters
 
-        assert found == PackedMatrix(packed_bytes=packed, original_bytes=original, step_bytes=step)
+        assert found == PackedMatrix(
+            packed_bytes=packed, original_bytes=original, scattered_bytes=scattered, step_bytes=step
+        )
 
 
 class TestPeaks:
     MATRICES = (
-        PackedMatrix(packed_bytes=100, original_bytes=50),
+        PackedMatrix(packed_bytes=100, original_bytes=50, scattered_bytes=9),
         PackedMatrix(packed_bytes=300, original_bytes=20, step_bytes=7),
     )
 
@@ -60,7 +62,7 @@ class TestPeaks:
         found = cpu_memory(self.MATRICES, vocab_size=10, tokenizer_file_bytes=0)
 
         assert found.weights_bytes == 400 + 7
-        assert found.loading_bytes == RUNTIME_BYTES + 400 + 50
+        assert found.loading_bytes == RUNTIME_BYTES + 400 + 9 + 50
         assert found.prepacked_weights_bytes == 7
         assert found.prepacked_loading_bytes == RUNTIME_BYTES + 300
         assert found.prepacked_writing_bytes == RUNTIME_BYTES + 400 + 70 + 300
