@@ -106,6 +106,7 @@ def _check_nodes(graph: Path, scope: Any, *, is_top: bool) -> None:
     """Check the nodes of the graph, of one branch of an If, or of a function."""
     import onnx
 
+    _check_names(graph, scope)
     for node in scope.node:
         if node.op_type not in OPERATORS.get(node.domain, ()):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
@@ -120,6 +121,16 @@ def _check_nodes(graph: Path, scope: Any, *, is_top: bool) -> None:
                     graph, f"{_named(node)} has the attribute {shortened(attribute.name)}"
                 )
     _check_sizes(graph, scope)
+
+
+def _check_names(graph: Path, scope: Any) -> None:
+    """Refuse names that command a terminal: ONNX Runtime itself prints them as they are."""
+    names = [x.name for x in getattr(scope, "initializer", ())]
+    for node in scope.node:
+        names += [node.name, *node.input, *node.output]
+    for name in names:
+        if not name.isprintable():
+            raise foreign(graph, f"it has the name {shortened(name)}")
 
 
 def _check_sizes(graph: Path, scope: Any) -> None:

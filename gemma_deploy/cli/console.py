@@ -33,7 +33,10 @@ def say(text: str = "", *, mark: str = "", err: bool = False, **style: Any) -> N
         err: Whether to write to stderr.
         **style: As `click.style` has it.
     """
-    click.secho(mark + visible(text), err=err, **style)  # noqa: TID251 - here it is escaped
+    shown = visible(text)
+    # Without a style, click would put an end of it behind the line all the same.
+    line = mark + (click.style(shown, **style) if style else shown)
+    click.echo(line, err=err)  # noqa: TID251 - here it is escaped
 
 
 def speak(text: str, *, ends_line: bool = False) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gemma_deploy.cli.console import say
+
 if TYPE_CHECKING:
-    from gemma_deploy.cli.console import say
-from gemma_deploy.overflow_report import OverflowReport, Peak, WeightLoss
+    from gemma_deploy.overflow_report import OverflowReport, Peak, WeightLoss
 
 # Tensors that a scale can be folded around have a column each; the others share the last one.
 _COLUMNS = ("residual", "value", "attention", "product", "feed_forward")

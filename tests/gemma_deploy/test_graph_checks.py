@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,24 @@ def test_an_if_inside_of_another_one(tmp_path: Path) -> None:
     check(tmp_path, an_if(helper.make_node("Add", ["x", "x"], ["y"])))
     with pytest.raises(BundleError, match="node 'y', If, is inside of another one"):
         check(tmp_path, an_if(an_if()))
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;pwned\x07", "a\nb", "\x9b2J", "gnp\u202e"])
+def test_names_that_command_a_terminal(tmp_path: Path, name: str) -> None:
+    """ONNX Runtime prints a node's name as it is where the node fails."""
+    message = re.escape(f"it has the name {name!r}")
+    node = helper.make_node("Add", ["x", "x"], ["y"])
+    for named in (
+        helper.make_node("Add", ["x", "x"], ["y"], name=name),
+        helper.make_node("Add", ["x", name], ["y"]),
+        helper.make_node("Add", ["x", "x"], [name]),
+        an_if(helper.make_node("Add", ["x", "x"], ["y"], name=name)),
+    ):
+        with pytest.raises(BundleError, match=message):
+            check(tmp_path, named)
+    tensor = helper.make_tensor(name, TensorProto.INT64, [], [1])
+    with pytest.raises(BundleError, match=message):
+        check(tmp_path, node, change=lambda model: model.graph.initializer.append(tensor))
 
 
 def test_graphs_in_other_nodes(tmp_path: Path) -> None:
