@@ -63,7 +63,7 @@ def emit_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
 
 def emit_table(rows: Sequence[tuple[str, str]], *, title: str) -> None:
     """Write a title and aligned `name  value` lines to stdout."""
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     click.secho(title, bold=True)
     for name, value in rows:
         click.echo(f"  {name:<{width}}  {value}".rstrip())

@@ -83,7 +83,10 @@ def mutated_json(rng: random.Random, raw: bytes) -> bytes:
     """Return a JSON text with some of its values changed; one in four times its bytes instead."""
     if rng.random() < 0.25:
         return mutated_bytes(rng, raw)
-    value = json.loads(raw)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):  # a line that was changed before
+        return mutated_bytes(rng, raw)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         value = _changed(rng, value)
     return _written(value)
@@ -161,7 +164,8 @@ def mutated_onnx(rng: random.Random, raw: bytes) -> bytes:
     model = onnx.load_from_string(raw)
     for _ in range(rng.choice((1, 1, 2, 3))):
         _change_field(rng, model)
-    return model.SerializeToString()
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def _change_field(rng: random.Random, message: Any) -> None:
