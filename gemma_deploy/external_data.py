@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.errors import BundleError
+from gemma_deploy.limits import MAX_GRAPH_BYTES
 from gemma_deploy.quoting import shortened
 from gemma_deploy.safe_paths import safe_path
 
@@ -21,6 +22,11 @@ def check_external_data(folder: Path, graph: Path) -> None:
     import onnx
     from google.protobuf.message import DecodeError
 
+    if graph.stat().st_size > MAX_GRAPH_BYTES:
+        raise BundleError(
+            f"{graph} is larger than {MAX_GRAPH_BYTES:,} bytes, which no graph without its weights "
+            "needs: the bundle is damaged; export it again"
+        )
     try:
         model = onnx.load(graph, load_external_data=False)
     except (DecodeError, OSError) as err:

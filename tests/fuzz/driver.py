@@ -140,8 +140,8 @@ def _answers(inputs: Sequence[Input], start: int, fixtures: Path) -> Iterator[di
     with tempfile.TemporaryDirectory() as scratch:
         for at, chosen in enumerate(inputs[start:], start):
             kind = KINDS[chosen.kind]
-            folder = prepared(kind, fixtures, Path(scratch), chosen.source)
             yield {"begun": at}
+            folder = prepared(kind, fixtures, Path(scratch), chosen.source)
             outcome, detail = "read", ""
             began_s = time.process_time()
             try:

@@ -1,5 +1,6 @@
 """Files changed at random, always the same way for a seed: bytes, or the JSON that they hold."""
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -186,7 +187,8 @@ def _change_field(rng: random.Random, message: Any) -> None:
     elif field.message_type is not None:
         _change_field(rng, value)
     else:
-        setattr(message, field.name, _scalar(rng, value))
+        with contextlib.suppress(ValueError):  # an enumeration has no such member
+            setattr(message, field.name, _scalar(rng, value))
 
 
 def _scalar(rng: random.Random, value: Any) -> Any:
