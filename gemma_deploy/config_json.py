@@ -91,8 +91,12 @@ _INHERITED = ("bos_token_id", "pad_token_id", "dtype", "torch_dtype")
 _OF_EITHER = ("quantization_config", "quantization")
 
 
-def parse_config(raw: Mapping[str, Any]) -> GemmaConfig:
+def parse_config(raw: object) -> GemmaConfig:
     """Return the config that the parsed JSON describes; see `GemmaConfig.from_dict`."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"the model is {shortened(raw)}, expected a JSON object: the file is damaged"
+        )
     raw = _text_config(raw)
     _check_not_quantized(raw)
     if raw.get("model_type") not in get_args(ModelType):

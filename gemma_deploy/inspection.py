@@ -19,8 +19,7 @@ from gemma_deploy.errors import BundleError, RequestError
 from gemma_deploy.graph_spec import DType, Precision
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest
 from gemma_deploy.quantization.formats import STORED_BYTES, WeightFormat, scales_name
-
-_TOKENIZER_FILE = "tokenizer.json"
+from gemma_deploy.tokenizer.settings import TOKENIZER_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +96,7 @@ class Inspection:
             self.precision,
             {} if self.manifest is None else self.manifest.formats,
             stored_bytes=stored,
-            tokenizer_file_bytes=self.files.get(_TOKENIZER_FILE, 0),
+            tokenizer_file_bytes=self.files.get(TOKENIZER_FILE, 0),
             batch_size=batch_size,
             max_seq_len=max_seq_len,
             prefill_tokens=prefill_tokens,

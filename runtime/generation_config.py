@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from gemma_deploy.errors import ConfigError, RequestError, warn
+from gemma_deploy.limits import MAX_TOKEN_ID
 from gemma_deploy.quoting import shortened
 from gemma_deploy.runtime.request import GenerationOptions, as_int
 
@@ -236,7 +237,7 @@ def eos_token_ids(value: object) -> frozenset[int]:
     if value is None:
         return frozenset()
     ids = [as_int(_number(one)) for one in (value if isinstance(value, list | tuple) else [value])]
-    if None in ids:
+    if any(one is None or one > MAX_TOKEN_ID for one in ids):
         raise RequestError(
             f"eos_token_id is {shortened(value)}; expected a token id, a list of token ids, or null"
         )

@@ -97,7 +97,7 @@ def emit_json(value: Mapping[str, Any], *, indent: int | None = None) -> None:
 def emit_table(rows: Sequence[tuple[str, str]], *, title: str) -> None:
     """Write a title and aligned `name  value` lines to stdout."""
     shown = [(visible_cell(name), visible_cell(value)) for name, value in rows]
-    width = max(len(name) for name, _ in shown)
+    width = max((len(name) for name, _ in shown), default=0)
     say(title, bold=True)
     for name, value in shown:
         say(f"  {name:<{width}}  {value}".rstrip())

@@ -187,9 +187,14 @@ class BenchRecord:
         if "round" in line:
             case: BenchCase = typed(BenchCase, line.get("case"), "case")
             times = typed(Mapping[str, RoundTimes], line["round"], "round")
+            for x in times.values():
+                _check_positive("the seconds of a round", x.ttft_s, sum(x.step_s), *x.step_s)
             self._rounds.setdefault(case, []).append(times)
         elif "roofline" in line:
-            self.roofline = typed(Roofline, line["roofline"], "roofline")
+            roofline: Roofline = typed(Roofline, line["roofline"], "roofline")
+            rates = (roofline.read_bytes_per_s, roofline.matrix_flop_per_s)
+            _check_positive("the rates of the roofline", *rates)
+            self.roofline = roofline
         else:
             contender: Contender = typed(Contender, line.get("contender"), "contender")
             self._contenders[contender.name] = contender
@@ -215,6 +220,11 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if has_come:
             signal.raise_signal(signal.SIGINT)
+
+
+def _check_positive(name: str, *numbers: float) -> None:
+    if not all(0 < x < float("inf") for x in numbers):
+        raise ValueError(f"{name} are {shortened(numbers)}, expected to be above 0")
 
 
 def _merged(known: Contender, new: Contender) -> Contender:

@@ -1,12 +1,13 @@
 """`python -m tests.fuzz --minutes 60`: changed files for every reader, and a table of what came of it."""
 
 import argparse
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.driver import Tally, run_kind
-from tests.fuzz.kinds import KINDS, build_fixtures
+from tests.fuzz.driver import Finding, Input, Tally, run_inputs
+from tests.fuzz.kinds import KINDS, build_fixtures, prepared
 
 
 def main() -> int:
@@ -16,10 +17,11 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, help="how many of each kind, in place of --minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the first input of each kind")
     parser.add_argument("--kind", action="append", choices=KINDS, help="of all by default")
+    parser.add_argument("--keep", type=Path, help="folder for the files that were found")
     parser.add_argument("--batch", type=int, default=200, help="inputs of a kind in a row")
     options = parser.parse_args()
     kinds = options.kind or list(KINDS)
-    tallies = {kind: Tally(kind) for kind in kinds}
+    tallies = {kind: Tally() for kind in kinds}
     end_s = time.monotonic() + options.minutes * 60
     with tempfile.TemporaryDirectory() as folder:
         build_fixtures(Path(folder))
@@ -29,9 +31,13 @@ def main() -> int:
             if options.inputs is not None:
                 stop = min(stop, options.seed + options.inputs)
             for kind in kinds:
-                _add(tallies[kind], run_kind(kind, range(start, stop), Path(folder)))
+                inputs = [Input(kind, seed) for seed in range(start, stop)]
+                new = run_inputs(inputs, Path(folder))
+                _add(tallies[kind], new)
+                for finding in new.findings:
+                    _report(finding, Path(folder), options.keep)
             start = stop
-    _print(list(tallies.values()))
+    _print(tallies)
     return 1 if any(tally.findings for tally in tallies.values()) else 0
 
 
@@ -45,19 +51,27 @@ def _add(tally: Tally, new: Tally) -> None:
     tally.num_inputs += new.num_inputs
     tally.num_refused += new.num_refused
     tally.findings += new.findings
-    for finding in new.findings:
-        print(f"{finding.outcome} {finding.kind} {finding.seed}: {finding.detail}", flush=True)  # noqa: T201
 
 
-def _print(tallies: list[Tally]) -> None:
+def _report(finding: Finding, fixtures: Path, keep: Path | None) -> None:
+    kind, source = finding.input.kind, finding.input.source
+    print(f"{finding.outcome} {kind} {source}: {finding.detail}", flush=True)  # noqa: T201
+    if keep is not None:
+        (keep / kind).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = prepared(KINDS[kind], fixtures, Path(scratch), source)
+            shutil.copy(folder / KINDS[kind].file, keep / kind / f"{finding.outcome}-{source}")
+
+
+def _print(tallies: dict[str, Tally]) -> None:
     rows = [
-        (x.kind, x.num_inputs, x.num_refused, x.count("raw"), x.count("dead"), x.count("slow"))
-        for x in tallies
+        (name, x.num_inputs, x.num_refused, x.count("raw"), x.count("dead"), x.count("slow"))
+        for name, x in tallies.items()
     ]
-    total = ("all", *(sum(row[i] for row in rows) for i in range(1, 6)))  # type: ignore[misc]  # numbers but for the first
+    total = [sum(numbers) for numbers in zip(*(row[1:] for row in rows), strict=True)]
     print("| kind | inputs | refused | raw | dead | slow |\n| --- | --: | --: | --: | --: | --: |")  # noqa: T201
-    for row in (*rows, total):
-        print("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in row) + " |")  # noqa: T201
+    for name, *numbers in (*rows, ("all", *total)):
+        print(f"| {name} | {' | '.join(f'{x:,}' for x in numbers)} |")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs changed files through their readers, in processes that may die: `run_kind`."""
+"""Runs changed files through their readers, in processes that may die: `run_inputs`."""
 
 import contextlib
 import json
@@ -12,10 +12,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tests.fuzz.kinds import KINDS, prepared
 
@@ -31,20 +31,31 @@ Outcome = Literal["raw", "dead", "slow"]
 
 
 @dataclass(frozen=True)
+class Input:
+    """A changed file.
+
+    Attributes:
+        kind: Which, a key of `KINDS`.
+        source: The seed that it is changed by, or the path of a file to be read in its place.
+    """
+
+    kind: str
+    source: int | str
+
+
+@dataclass(frozen=True)
 class Finding:
     """An input that was not answered by a result or a `GemmaDeployError`."""
 
-    kind: str
-    seed: int
+    input: Input
     outcome: Outcome
     detail: str
 
 
 @dataclass
 class Tally:
-    """What became of a kind's inputs."""
+    """What became of some inputs."""
 
-    kind: str
     num_inputs: int = 0
     num_refused: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -54,56 +65,63 @@ class Tally:
         return sum(1 for x in self.findings if x.outcome == outcome)
 
 
-def run_kind(kind: str, seeds: range, fixtures: Path) -> Tally:
-    """Give a kind's reader one input for each seed, in a process that is replaced when it dies."""
-    tally = Tally(kind)
-    start = seeds.start
-    while start < seeds.stop:
-        start = _run_process(tally, range(start, seeds.stop), fixtures)
+def run_inputs(inputs: Sequence[Input], fixtures: Path) -> Tally:
+    """Give each input to its reader, in a process that is replaced when it dies."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "inputs.json"
+        plan.write_text(json.dumps([(x.kind, x.source) for x in inputs]))
+        start = 0
+        while start < len(inputs):
+            start = _run_process(tally, inputs, start, [str(plan), str(start), str(fixtures)])
     return tally
 
 
-def _run_process(tally: Tally, seeds: range, fixtures: Path) -> int:
-    """Run inputs until all are done, or the process dies or hangs; return the seed to go on with."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz.driver",
-        tally.kind,
-        str(seeds.start),
-        str(seeds.stop),
-    ]
+def _run_process(
+    tally: Tally, inputs: Sequence[Input], start: int, arguments: Sequence[str]
+) -> int:
+    """Run inputs until all are done, or the process dies or hangs; return where to go on."""
+    command = [sys.executable, "-m", "tests.fuzz.driver", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [*command, str(fixtures)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-    )
     lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_forward, args=(process, lines), daemon=True).start()
-    seed = seeds.start - 1
-    try:
-        while (line := lines.get(timeout=WAIT_LIMIT_S)) is not None:
-            event = json.loads(line)
-            if "begun" in event:
-                seed = event["begun"]
-                continue
-            tally.num_inputs += 1
-            tally.num_refused += event["outcome"] == "refused"
-            if event["outcome"] in ("raw", "slow"):
-                finding = Finding(tally.kind, seed, event["outcome"], event["detail"])
-                tally.findings.append(finding)
-            if seed == seeds.stop - 1:
-                return seeds.stop
-        detail = f"exit code {process.wait()}"
-    except queue.Empty:
-        detail = f"no end within {WAIT_LIMIT_S:.0f} s"
-    finally:
-        process.kill()
-        process.wait()
-    if seed < seeds.start:
-        raise RuntimeError(f"{tally.kind}: no input was begun ({detail})")
+    at = start - 1
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment
+        ) as process,
+    ):
+        reader = threading.Thread(target=_forward, args=(process, lines))
+        reader.start()
+        try:
+            while (line := lines.get(timeout=WAIT_LIMIT_S)) is not None:
+                event = json.loads(line)
+                if "begun" in event:
+                    at = event["begun"]
+                    continue
+                _count(tally, inputs[at], event)
+                if at == len(inputs) - 1:
+                    return len(inputs)
+            detail = f"exit code {process.wait()}"
+        except queue.Empty:
+            detail = f"no end within {WAIT_LIMIT_S:.0f} s"
+        finally:
+            process.kill()
+            reader.join()
+        log.seek(0)
+        text = log.read()
+    if at < start:
+        raise RuntimeError(f"no input was begun ({detail}): {text[-2000:]}")
     tally.num_inputs += 1
-    tally.findings.append(Finding(tally.kind, seed, "dead", detail))
-    return seed + 1
+    tally.findings.append(Finding(inputs[at], "dead", detail))
+    return at + 1
+
+
+def _count(tally: Tally, given: Input, event: dict[str, Any]) -> None:
+    tally.num_inputs += 1
+    tally.num_refused += event["outcome"] == "refused"
+    if event["outcome"] in ("raw", "slow"):
+        tally.findings.append(Finding(given, event["outcome"], event["detail"]))
 
 
 def _forward(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
@@ -114,22 +132,20 @@ def _forward(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]")
     lines.put(None)
 
 
-def _answers(kind: str, seeds: range, fixtures: Path) -> Iterator[dict[str, object]]:
+def _answers(inputs: Sequence[Input], start: int, fixtures: Path) -> Iterator[dict[str, object]]:
     """Yield what becomes of each input; this runs in a process of its own."""
     from gemma_deploy.errors import GemmaDeployError
 
     warnings.simplefilter("ignore")
-    chosen = KINDS[kind]
     with tempfile.TemporaryDirectory() as scratch:
-        fresh = prepared(chosen, fixtures, Path(scratch))
-        for seed in seeds:
-            folder, raw = next(fresh)
-            yield {"begun": seed}
-            chosen.changed(folder, raw, seed)
+        for at, chosen in enumerate(inputs[start:], start):
+            kind = KINDS[chosen.kind]
+            yield {"begun": at}
+            folder = prepared(kind, fixtures, Path(scratch), chosen.source)
             outcome, detail = "read", ""
             began_s = time.process_time()
             try:
-                chosen.read(folder)
+                kind.read(folder)
             except GemmaDeployError as err:
                 outcome = "refused"
                 str(err).encode()
@@ -143,7 +159,7 @@ def _answers(kind: str, seeds: range, fixtures: Path) -> Iterator[dict[str, obje
             yield {"outcome": outcome, "detail": detail}
 
 
-def _main(kind: str, start: str, stop: str, fixtures: str) -> None:
+def _main(plan: str, start: str, fixtures: str) -> None:
     with contextlib.suppress(ImportError):  # Windows has no such limits
         import resource
 
@@ -152,7 +168,8 @@ def _main(kind: str, start: str, stop: str, fixtures: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for answer in _answers(kind, range(int(start), int(stop)), Path(fixtures)):
+    inputs = [Input(kind, source) for kind, source in json.loads(Path(plan).read_text())]
+    for answer in _answers(inputs, int(start), Path(fixtures)):
         out.write(json.dumps(answer) + "\n")
         out.flush()
 

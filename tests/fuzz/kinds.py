@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,6 @@ class Kind:
     mutate: Mutation
     read: Callable[[Path], object]
     manifest: str | None = None
-
-    def changed(self, folder: Path, raw: bytes, seed: int) -> None:
-        """Write the right contents, changed as the seed says, into a folder."""
-        new = self.mutate(random.Random(seed), raw)
-        (folder / self.file).write_bytes(new)
-        if self.manifest is not None:
-            path = folder / self.manifest
-            manifest = json.loads(path.read_text())
-            manifest["files"][self.file]["size_bytes"] = len(new)
-            path.write_text(json.dumps(manifest))
 
 
 def build_fixtures(root: Path) -> None:
@@ -445,12 +435,26 @@ KINDS = {
 }
 
 
-def prepared(kind: Kind, fixtures: Path, scratch: Path) -> Iterator[tuple[Path, bytes]]:
-    """Yield, again and again, a fresh copy of a kind's folder with the file's right contents."""
-    source = fixtures / kind.fixture
-    raw = (source / kind.file).read_bytes()
+def prepared(kind: Kind, fixtures: Path, scratch: Path, source: int | str | None) -> Path:
+    """Return a fresh copy of a kind's folder, its file changed.
+
+    Args:
+        kind: The kind.
+        fixtures: What `build_fixtures` wrote.
+        scratch: Where the copy goes.
+        source: The seed of the change; or the path of what is put in the file's place; None for the
+            file as it is.
+    """
     folder = scratch / kind.fixture
-    while True:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(source, folder)
-        yield folder, raw
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(fixtures / kind.fixture, folder)
+    path = folder / kind.file
+    if isinstance(source, int):
+        path.write_bytes(kind.mutate(random.Random(source), path.read_bytes()))
+    elif source is not None:
+        shutil.copy(source, path)
+    if kind.manifest is not None and path.name != kind.manifest:
+        manifest = json.loads((folder / kind.manifest).read_text())
+        manifest["files"][kind.file]["size_bytes"] = path.stat().st_size
+        (folder / kind.manifest).write_text(json.dumps(manifest))
+    return folder

@@ -1,5 +1,6 @@
 """Files changed at random, always the same way for a seed: bytes, or the JSON that they hold."""
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -83,7 +84,10 @@ def mutated_json(rng: random.Random, raw: bytes) -> bytes:
     """Return a JSON text with some of its values changed; one in four times its bytes instead."""
     if rng.random() < 0.25:
         return mutated_bytes(rng, raw)
-    value = json.loads(raw)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):  # a line that was changed before
+        return mutated_bytes(rng, raw)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         value = _changed(rng, value)
     return _written(value)
@@ -161,7 +165,8 @@ def mutated_onnx(rng: random.Random, raw: bytes) -> bytes:
     model = onnx.load_from_string(raw)
     for _ in range(rng.choice((1, 1, 2, 3))):
         _change_field(rng, model)
-    return model.SerializeToString()
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def _change_field(rng: random.Random, message: Any) -> None:
@@ -182,7 +187,8 @@ def _change_field(rng: random.Random, message: Any) -> None:
     elif field.message_type is not None:
         _change_field(rng, value)
     else:
-        setattr(message, field.name, _scalar(rng, value))
+        with contextlib.suppress(ValueError):  # an enumeration has no such member
+            setattr(message, field.name, _scalar(rng, value))
 
 
 def _scalar(rng: random.Random, value: Any) -> Any:

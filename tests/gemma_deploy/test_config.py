@@ -9,6 +9,7 @@ import transformers
 
 from gemma_deploy.config import GemmaConfig, LayerType, RopeParameters
 from gemma_deploy.errors import ConfigError
+from gemma_deploy.limits import MAX_SIZES
 
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
@@ -505,3 +506,32 @@ def test_refuses_files_that_are_no_config(
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         GemmaConfig.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("name", MAX_SIZES)
+def test_sizes_that_no_model_has(name: str) -> None:
+    """Nothing is made of them: a tuple of 10**12 layer types would take the machine."""
+    for value in (MAX_SIZES[name] + 1, 10**12, 10**400):
+        raw = {"model_type": "gemma2", "head_dim": 8, name: value}
+        with pytest.raises(ConfigError, match=rf"{name} is \d"):
+            GemmaConfig.from_dict(raw)
+    with pytest.raises(ConfigError, match=f"{name} is 1000000000000, expected at most"):
+        GemmaConfig(**{name: 10**12})  # type: ignore[arg-type]  # mypy cannot know which
+
+
+def test_the_layers_of_a_text_config_are_bounded() -> None:
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 10**12}
+    with pytest.raises(ConfigError, match="num_hidden_layers is 1000000000000, expected"):
+        GemmaConfig.from_dict({"model_type": "gemma3", "text_config": text})
+
+
+def test_lists_and_ids_are_bounded() -> None:
+    with pytest.raises(ConfigError, match="lists 1,001 tokens, expected at most 1,000"):
+        GemmaConfig.from_dict(GEMMA_2B | {"eos_token_id": list(range(1001))})
+    with pytest.raises(ConfigError, match="bos_token_id holds 2147483648; token ids"):
+        GemmaConfig.from_dict(GEMMA_2B | {"bos_token_id": 2**31})
+
+
+def test_what_is_no_object() -> None:
+    with pytest.raises(ConfigError, match=r"the model is \[1\], expected a JSON object"):
+        GemmaConfig.from_dict([1])  # type: ignore[arg-type]

@@ -235,3 +235,34 @@ def test_the_build_command_says_everything() -> None:
     )
     command = build_command(Path("b"), other)
     assert command.endswith("--top-logits 7 --layout two-engines --attention native")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("files", "engine.plan", "size_bytes"), "5", "size_bytes is '5', expected an integer"),
+        (("files", "engine.plan", "size_bytes"), [], r"size_bytes is \[\], expected an integer"),
+        (("plans", "prefill", "path"), {}, r"plans\.prefill\.path is {}, expected a string"),
+        (("plans", "prefill", "profile"), "0", "profile is '0', expected an integer"),
+        (("model_max_seq_len",), float("inf"), "model_max_seq_len is inf, expected a whole"),
+        (("model_max_seq_len",), 0, "model_max_seq_len is 0, expected a whole number from 1"),
+        (("model", "num_hidden_layers"), 10**12, "num_hidden_layers is 1000000000000, expected"),
+        (("model",), [], r"the model is \[\], expected a JSON object"),
+        (
+            ("build", "limits", "max_batch_size"),
+            10**12,
+            "max_batch_size is 1000000000000, expected",
+        ),
+        (("build", "limits", "max_logits"), -1, "max_logits is -1, expected a whole number from 1"),
+        (("build", "graphs"), {"prefill": "a"}, "graphs names prefill, expected prefill, decode"),
+        (("build", "layout"), [], r"layout is \[\], expected one of one-engine, two-engines"),
+        (("versions",), {"python": 3}, r"versions\.python is 3, expected a string"),
+        (("tokenizer",), "tokenizer.json", "tokenizer is 'tokenizer.json', expected a list"),
+    ],
+)
+def test_values_that_cannot_be(
+    folder: Path, keys: tuple[str, ...], value: object, message: str
+) -> None:
+    _change(folder, *keys, value=value)
+    with pytest.raises(EngineError, match=f"{ENGINE_FILE} is damaged .*{message}"):
+        EngineFolder.open(folder)
