@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.errors import BundleError
+from gemma_deploy.file_records import file_size_bytes
 from gemma_deploy.limits import MAX_GRAPH_BYTES
 from gemma_deploy.quoting import shortened
 from gemma_deploy.safe_paths import safe_path
@@ -22,7 +23,7 @@ def check_external_data(folder: Path, graph: Path) -> None:
     import onnx
     from google.protobuf.message import DecodeError
 
-    if graph.stat().st_size > MAX_GRAPH_BYTES:
+    if (file_size_bytes(graph) or 0) > MAX_GRAPH_BYTES:
         raise BundleError(
             f"{graph} is larger than {MAX_GRAPH_BYTES:,} bytes, which no graph without its weights "
             "needs: the bundle is damaged; export it again"
@@ -37,19 +38,23 @@ def check_external_data(folder: Path, graph: Path) -> None:
         entry = {item.key: item.value for item in tensor.external_data}
         path = safe_path(folder, entry.get("location", ""), f"{graph.name} (tensor {tensor.name})")
         offset, length = entry.get("offset", "0"), entry.get("length", "0")
-        if not all(x.isdecimal() and len(x) <= _MAX_DIGITS for x in (offset, length)):
+        if not _is_number(offset) or not _is_number(length):
             raise BundleError(
                 f"{graph.name}: tensor {tensor.name} has offset {shortened(offset)} and length "
-                f"{shortened(length)}, "
-                "expected numbers of bytes: the bundle is damaged; export it again"
+                f"{shortened(length)}, expected numbers of bytes: the bundle is damaged; export it again"
             )
         end = int(offset) + int(length)
-        size = path.stat().st_size if path.is_file() else 0
+        size = file_size_bytes(path) or 0
         if end > size:
             raise BundleError(
                 f"{graph.name}: tensor {tensor.name} ends at byte {end:,} of {path.name}, which has "
                 f"{size:,} bytes: the bundle is damaged; export it again"
             )
+
+
+def _is_number(value: str | bytes) -> bool:
+    """Tell whether a text is a number of 64 bits; it is bytes where it is not UTF-8."""
+    return isinstance(value, str) and value.isdecimal() and len(value) <= _MAX_DIGITS
 
 
 def _tensors(message: Any) -> Iterator[Any]:
