@@ -51,14 +51,14 @@ def wrong_file(
     """
     for name, record in files.items():
         path = safe_path(folder, name, manifest)
-        size = _size_bytes(path)
+        size = file_size_bytes(path)
         if size != record.size_bytes:
             found = "is missing" if size is None else f"has {size:,} bytes"
             return f"{path} {found}, {called} says {record.size_bytes:,} bytes"
     return None
 
 
-def _size_bytes(path: Path) -> int | None:
+def file_size_bytes(path: Path) -> int | None:
     """Return the size of a regular file; None for what is none, or cannot be looked at."""
     try:
         status = path.stat()

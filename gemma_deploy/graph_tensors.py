@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from gemma_deploy.errors import BundleError
+from gemma_deploy.file_records import file_size_bytes
 from gemma_deploy.quoting import shortened
 from gemma_deploy.safe_paths import safe_path
 
@@ -43,7 +44,7 @@ def check_tensor(folder: Path, graph: Path, weights: str, tensor: Any) -> None:
             )
         return
     entry = {item.key: item.value for item in tensor.external_data}
-    others = sorted(entry.keys() - _EXTERNAL_KEYS)
+    others = sorted(entry.keys() - _EXTERNAL_KEYS, key=repr)
     if others or len(entry) != len(tensor.external_data):
         raise foreign(
             graph,
@@ -54,7 +55,7 @@ def check_tensor(folder: Path, graph: Path, weights: str, tensor: Any) -> None:
     path = safe_path(folder, location, f"{graph.name} (tensor {tensor.name})")
     offset = _byte_count(name, entry, "offset", 0)
     end = offset + max(need_bytes, _byte_count(name, entry, "length", need_bytes))
-    size = path.stat().st_size if path.is_file() else 0
+    size = file_size_bytes(path) or 0
     if end > size:
         raise BundleError(
             f"{name} ends at byte {end:,} of {shortened(path.name)}, which has {size:,} bytes: the "
@@ -74,9 +75,11 @@ def check_tensor(folder: Path, graph: Path, weights: str, tensor: Any) -> None:
         )
 
 
-def _byte_count(name: str, entry: Mapping[str, str], key: str, default: int) -> int:
+def _byte_count(name: str, entry: Mapping[str, str | bytes], key: str, default: int) -> int:
     text = entry.get(key, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(1 << 63))):
+    # What is not UTF-8 in a graph is bytes.
+    is_text = isinstance(text, str) and text.isascii() and text.isdecimal()
+    if not is_text or len(text) > len(str(1 << 63)):
         raise BundleError(
             f"{name} has {key} {shortened(text)}, expected a number of bytes: the bundle is damaged; "
             "export it again"

@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 from gemma_deploy.freed_memory import return_freed_memory
@@ -44,24 +44,21 @@ def open_model(
 
 
 def _beside(source: ModelSource, **session_options: Any) -> tuple[Session, GemmaTokenizer]:
-    reading: list[Future[GemmaTokenizer]] = []
-    with ThreadPoolExecutor(1, "gemma-deploy-tokenizer") as pool:
+    """Read the tokenizer here, where glibc gives back all that reading it freed, and load elsewhere."""
+    is_loading = Event()
+    with ThreadPoolExecutor(1, "gemma-deploy-session") as pool:
+        made = pool.submit(create_session, source, before_load=is_loading.set, **session_options)
+        made.add_done_callback(lambda _: is_loading.set())
         try:
-            session = create_session(
-                source,
-                before_load=lambda: reading.append(pool.submit(_read_later, source.folder)),
-                **session_options,
-            )
-        except Exception:
-            _ = reading[0].result() if reading else GemmaTokenizer.from_pretrained(source.folder)
-            raise
-        try:
-            return session, reading[0].result()
+            is_loading.wait()
+            time.sleep(_HEAD_START_S)
+            tokenizer = GemmaTokenizer.from_pretrained(source.folder)
         except BaseException:
-            session.close()
+            made.add_done_callback(_close)
             raise
+        return made.result(), tokenizer
 
 
-def _read_later(folder: Path) -> GemmaTokenizer:
-    time.sleep(_HEAD_START_S)
-    return GemmaTokenizer.from_pretrained(folder)
+def _close(made: Future[Session]) -> None:
+    if made.exception() is None:
+        made.result().close()

@@ -104,17 +104,22 @@ def _check_layout(backend: Tokenizer, path: Path) -> None:
         _steps(backend.normalizer, "normalizers"),
         _steps(backend.decoder, "decoders"),
     )
+    pre_tokenizer = _steps(backend.pre_tokenizer, "pretokenizers")
     if not isinstance(backend.model, models.BPE):
         problem = f"its model is {type(backend.model).__name__}"
     elif any(step != _GEMMA_SPACES for step in normalizer):
         problem = f"its normalizer is {_quoted(normalizer)}"
     elif not decoder or any(step not in _GEMMA_DECODER for step in decoder):
         problem = f"its decoder is {_quoted(decoder)}"
+    elif '"Regex": ' in json.dumps(pre_tokenizer):  # as a key: quotes in a string are escaped
+        # Some never end, and the library panics.
+        problem = f"its pre-tokenizer is {_quoted(pre_tokenizer)}"
     else:
         return
     raise TokenizerError(
         f"{path} is not a Gemma tokenizer: {problem}. Expected BPE, a normalizer that replaces "
-        "spaces by '▁', and a decoder of Replace, ByteFallback and Fuse. Use the tokenizer.json "
+        "spaces by '▁', a decoder of Replace, ByteFallback and Fuse, and a pre-tokenizer without "
+        "regular expressions. Use the tokenizer.json "
         "that belongs to the Gemma checkpoint."
     )
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gemma_deploy.tokenizer.template_sandbox import MeteredSandbox
 
 _MAX_TIME_FORMAT: Final = 100
+_MAX_DEPTH: Final = 150
 
 
 def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
@@ -26,6 +27,7 @@ def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
 
     sandbox = _sandbox()
     tree = sandbox.parse(source)
+    _check_depth(tree)
     with metered(source):  # constants are computed here
         optimize(tree, sandbox)
         _change_strings(tree, change)
@@ -60,12 +62,23 @@ def _sandbox() -> "MeteredSandbox":
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
+        optimized=False,  # `compiled` does it, once: Jinja tries again at every level of an expression
         extensions=[loopcontrols, _generation_extension()],
     )
     sandbox.filters["tojson"] = metered_filter("tojson", _tojson)
     sandbox.globals["raise_exception"] = _raise_exception
     sandbox.globals["strftime_now"] = _strftime_now
     return sandbox
+
+
+def _check_depth(tree: "Node") -> None:
+    """Refuse what is nested too deeply: the time to compile it grows with the square of that."""
+    level = [tree]
+    for _ in range(_MAX_DEPTH):
+        level = [child for node in level for child in node.iter_child_nodes()]
+        if not level:
+            return
+    _raise_exception(f"it is nested deeper than {_MAX_DEPTH} expressions and blocks")
 
 
 def _change_strings(tree: "Node", change: Callable[[str], str]) -> None:

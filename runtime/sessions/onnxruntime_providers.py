@@ -15,6 +15,7 @@ from gemma_deploy.errors import BackendUnavailableError, SessionError
 from gemma_deploy.runtime.devices import Device
 
 ORT_ERRORS: tuple[type[Exception], ...] = (
+    UnicodeDecodeError,  # its messages hold a graph's names, which may be no text
     RuntimeError,
     *(x for x in vars(ort_errors).values() if isinstance(x, type) and issubclass(x, Exception)),
 )

@@ -6,6 +6,10 @@ import pytest
 from gemma_deploy.errors import TokenizerError
 from gemma_deploy.tokenizer.backend import read_backend
 
+# With such a one, the library panics for a text of 30 letters.
+REGEX = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+NESTED = {"type": "Sequence", "pretokenizers": [REGEX]}
+
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="is not a folder"):
@@ -52,6 +56,11 @@ def test_post_processor_without_its_token(write_folder: Any, capfd: Any) -> None
             {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0}},
             "its decoder is .*Strip",
         ),
+        ({"pre_tokenizer": REGEX}, "its pre-tokenizer is .*Regex"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [NESTED]}},
+            "its pre-tokenizer is .*Regex",
+        ),
     ],
 )
 def test_other_families(write_folder: Any, spec: dict[str, Any], problem: str) -> None:
@@ -72,3 +81,15 @@ def test_other_families(write_folder: Any, spec: dict[str, Any], problem: str) -
 )
 def test_variants_of_the_layout(write_folder: Any, normalizer: Any) -> None:
     assert read_backend(write_folder({"normalizer": normalizer})).get_vocab_size() == 1200
+
+
+def test_padding_that_the_file_states_is_not_made(write_folder: Any) -> None:
+    padding = {
+        "strategy": {"Fixed": 10**10},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    assert read_backend(write_folder({"padding": padding})).encode("a").ids
