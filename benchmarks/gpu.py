@@ -35,7 +35,8 @@ from typing import NoReturn
 
 from benchmarks.arguments import two_or_more, whole_number, whole_numbers
 from benchmarks.gpu_results import GOALS, Run, goal_rows, markdown, overall
-from benchmarks.shapes import SHAPES, add_small_tokenizer, shape_config, write_random_checkpoint
+from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.shapes import SHAPES, shape_config, write_random_checkpoint
 from gemma_deploy.capability import Capability
 from gemma_deploy.cli.console import column_lines
 from gemma_deploy.doctor import capabilities
@@ -180,8 +181,9 @@ def _checkpoint(given: Path | None, shape: str, work: Path) -> Path:
     if not (folder / SINGLE_FILE).is_file():
         partial = work / f"{shape}-partial"
         partial.mkdir(exist_ok=True)
-        add_small_tokenizer(partial)
-        write_random_checkpoint(partial, shape_config(shape))
+        config = shape_config(shape)
+        write_tokenizer(partial, config.vocab_size)
+        write_random_checkpoint(partial, config)
         partial.rename(folder)
     return folder
 

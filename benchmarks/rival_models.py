@@ -10,8 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+from benchmarks.random_tokenizer import write_tokenizer
 from benchmarks.rival_contenders import ModelKind
-from benchmarks.shapes import add_small_tokenizer, shape_config, write_random_checkpoint
+from benchmarks.shapes import shape_config, write_random_checkpoint
 
 ROOT: Final = Path(__file__).parents[1]
 _EXPORTER: Final = ("gemma_deploy", "exporters")
@@ -79,8 +80,9 @@ class RivalModels:
 
     def _write_checkpoint(self, target: Path) -> None:
         target.mkdir()
-        write_random_checkpoint(target, shape_config(self._shape))
-        add_small_tokenizer(target)
+        config = shape_config(self._shape)
+        write_random_checkpoint(target, config)
+        write_tokenizer(target, config.vocab_size)
 
     def _genai(self, kind: ModelKind) -> Path:
         checkpoint, options = self.of("checkpoint"), _GENAI_OPTIONS[kind]

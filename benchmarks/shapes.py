@@ -4,7 +4,6 @@ Time and memory do not depend on what the weights are, so none need be downloade
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ from gemma_deploy.safetensors_files import SINGLE_FILE
 
 SHAPES = {"g270m": (640, 2048, 4), "g2b": (2048, 16_384, 8)}
 """Hidden size, feed-forward width and query heads; the rest is `shape_config`'s."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_TINY_GEMMA = Path(__file__).parents[1] / "samples" / "tiny-gemma"
 _BLOCK_ELEMENTS = 8 << 20
 _ARCHITECTURES: dict[ModelType, str] = {
     "gemma": "GemmaForCausalLM",
@@ -62,9 +59,3 @@ def write_random_checkpoint(folder: Path, config: GemmaConfig) -> None:
     # Others' converters choose by the architecture.
     text = json.dumps({"architectures": [_ARCHITECTURES[config.model_type]], **config.to_dict()})
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-
-
-def add_small_tokenizer(folder: Path) -> None:
-    """Give a checkpoint the tokenizer of samples/tiny-gemma: 2,048 tokens, whatever its vocabulary."""
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(_TINY_GEMMA / name, folder / name)

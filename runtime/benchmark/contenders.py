@@ -14,9 +14,11 @@ from gemma_deploy.runtime.benchmark.results import OURS, BenchCase
 from gemma_deploy.runtime.benchmark.rounds import CaseRunner
 from gemma_deploy.runtime.devices import Device
 from gemma_deploy.runtime.generator import PREFILL_CHUNK_TOKENS
+from gemma_deploy.runtime.opening import open_model
 from gemma_deploy.runtime.sessions.registry import create_session, natural_backend
 from gemma_deploy.runtime.sessions.session import Session
 from gemma_deploy.runtime.source import ModelSource
+from gemma_deploy.tokenizer import GemmaTokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.benchmark.transformers_session import TransformersSession
@@ -37,6 +39,7 @@ class LoadedContender:
         is_baseline: Whether its cache is of just the length that a case needs and a prompt is one step
             of all rows: the best that a loop around a torch model can do. Ours runs as it is deployed.
         extra_warmup: Runs of a case that it needs to compile before it is warm.
+        tokenizer: Ours, held as it is where the model is deployed; None without one.
     """
 
     session: Session
@@ -44,6 +47,7 @@ class LoadedContender:
     device: str
     is_baseline: bool = False
     extra_warmup: int = 0
+    tokenizer: GemmaTokenizer | None = None
 
     def case_runner(self, case: BenchCase) -> CaseRunner:
         """Return what runs a case in this session; what it needs to compile is yet to be run."""
@@ -68,14 +72,17 @@ def load_contender(spec: ContenderSpec) -> LoadedContender:
 
 def _load_ours(spec: ContenderSpec) -> LoadedContender:
     source = ModelSource.open(Path(spec.model))
-    session = create_session(
-        source,
-        backend=spec.backend,
-        device=spec.device,
-        threads=spec.threads,
-        max_seq_len=spec.max_seq_len,
-        prepacked_cache=None if spec.prepacked_cache is None else Path(spec.prepacked_cache),
-    )
+    options: dict[str, Any] = {
+        "backend": spec.backend,
+        "device": spec.device,
+        "threads": spec.threads,
+        "max_seq_len": spec.max_seq_len,
+        "prepacked_cache": None if spec.prepacked_cache is None else Path(spec.prepacked_cache),
+    }
+    if GemmaTokenizer.files(source.folder):
+        session, tokenizer = open_model(source, **options)
+    else:
+        session, tokenizer = create_session(source, **options), None
     backend = natural_backend(source) if spec.backend == "auto" else spec.backend
     # Every backend's session says where it runs, though no caller but this one asks.
     device = getattr(session, "device").kind  # noqa: B009 - not in the protocol
@@ -83,6 +90,7 @@ def _load_ours(spec: ContenderSpec) -> LoadedContender:
         session=session,
         description=f"{backend} on {device}, {_formats(source)}",
         device=device,
+        tokenizer=tokenizer,
     )
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GemmaForCausalLM
 
-from benchmarks.shapes import add_small_tokenizer, shape_config, write_random_checkpoint
+from benchmarks.random_tokenizer import write_tokenizer
+from benchmarks.shapes import shape_config, write_random_checkpoint
+from gemma_deploy.tokenizer import GemmaTokenizer
 
 SMALL = dataclasses.replace(
     shape_config("g270m"),
@@ -23,7 +25,7 @@ SMALL = dataclasses.replace(
 
 def test_transformers_reads_a_random_checkpoint(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, SMALL)
-    add_small_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, SMALL.vocab_size)
     gemma: Any = GemmaForCausalLM  # transformers' annotations leave out output_loading_info
     model, info = gemma.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"]
@@ -44,3 +46,14 @@ def test_no_two_blocks_are_equal(tmp_path: Path) -> None:
     data = np.fromfile(tmp_path / "model.safetensors", np.uint8)
     body = data[8 + int.from_bytes(data[:8].tobytes(), "little") :]
     assert not np.array_equal(body[: 1 << 20], body[16 << 20 : 17 << 20])
+
+
+def test_a_tokenizer_of_any_size_uses_its_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, 5000)
+    tokenizer = GemmaTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.vocab_size == 5000
+    joined = [tokenizer.encode(tokenizer.id_to_token(x), add_bos=False) for x in range(2048, 5000)]
+    assert sum(ids == [x] for x, ids in enumerate(joined, 2048)) > 0.9 * len(joined)
+    first = (tmp_path / "tokenizer.json").read_bytes()
+    write_tokenizer(tmp_path, 5000)
+    assert (tmp_path / "tokenizer.json").read_bytes() == first
