@@ -28,11 +28,12 @@ from gemma_deploy.model.norm import RMSNorm
 from gemma_deploy.model.transformer import GemmaDecoderLayer
 from gemma_deploy.quantization.codes import Quantized, dequantize, pack, quantize, unpack
 from gemma_deploy.quantization.formats import WeightFormat, scales_name
+from gemma_deploy.quantization.grid import is_on_grid
 
 LOSS_TOKENS: Final = 2048
 """Most tokens whose inputs are kept of a matrix, to measure errors on (Gemma 2B: 134 MB)."""
 
-_POWERS = tuple(step / 20 for step in range(21))
+_POWERS = tuple(step / 10 for step in range(11))
 # Rows of a matrix that a power is chosen by; they are spread over all of them.
 _TRIAL_ROWS = 512
 # A channel that is hardly ever used must not drive weights out of float16's range, and what the
@@ -152,8 +153,10 @@ class AwqLayer:
         inputs = self._inputs(stage)
         ones = torch.ones(inputs.shape[-1])
         factors = ones
-        # A matrix that stays dense would have to change with the others.
-        if len(names) == len(stage.matrices) and self._takes_factors(stage.source):
+        # A matrix that stays dense would have to change with the others, and one that lies on a grid
+        # would leave it.
+        is_free = len(names) == len(stage.matrices) and not any(map(self._is_on_grid, names))
+        if is_free and self._takes_factors(stage.source):
             factors = self._best_factors(stage, inputs)
             if not self._is_better(names, inputs, factors):
                 factors = ones
@@ -176,6 +179,12 @@ class AwqLayer:
             return True
         has_bias = self._walk.config.attention_bias and source.endswith("v_proj")
         return source in self._formats and not has_bias
+
+    def _is_on_grid(self, name: str) -> bool:
+        weight, weight_format = self._weight(name), self._formats[name]
+        if weight_format.scheme != "int4":
+            return False
+        return bool(is_on_grid(weight, weight_format.block_size or weight.shape[-1]).all())
 
     def _best_factors(self, stage: Stage, inputs: Tensor) -> Tensor:
         """Return the factor s of each input channel, float32 [K]."""

@@ -12,6 +12,7 @@ from gemma_deploy.exporters.quantization.descent import descend
 from gemma_deploy.exporters.quantization.scale_search import search_scales
 from gemma_deploy.quantization.codes import Quantized, dequantize, quantize, round_codes
 from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.quantization.grid import is_on_grid
 
 # Of the mean of the Hessian's diagonal; the paper's.
 _DAMPING = 0.01
@@ -54,7 +55,8 @@ class Gptq:
     ) -> Quantized:
         """Return codes and scales whose outputs are close to the target's.
 
-        An output is rounded to nearest where nothing better was found for these inputs.
+        An output is rounded to nearest where nothing better was found for these inputs, and where its
+        weights lie on a grid of int4.
 
         Args:
             target: float32 [N, K]; the weights, or what `target` made of them.
@@ -69,6 +71,8 @@ class Gptq:
         nearest = quantize(target if weight is None else weight, weight_format)
         losses = [self.losses(target - dequantize(x, weight_format)) for x in (found, nearest)]
         is_better = (losses[0] <= losses[1]).unsqueeze(-1)
+        if weight_format.scheme == "int4":
+            is_better &= ~is_on_grid(target if weight is None else weight, size).unsqueeze(-1)
         return Quantized(
             *(torch.where(is_better, *pair) for pair in zip(found, nearest, strict=True))
         )
@@ -79,21 +83,21 @@ class Gptq:
 
     def _compensated(self, target: Tensor, steps: Tensor, weight_format: WeightFormat) -> Tensor:
         """Return codes, float32 [N, K], by the recursion of the paper's algorithm 1."""
-        left, steps, factor = target[:, self._order], steps[:, self._order], self._inverse_factor
+        # Columns are taken one by one: as rows they lie together in memory.
+        left, steps = target.T[self._order], steps.T[self._order]  # [K, N]
+        factor = self._inverse_factor
         codes = torch.empty_like(left)
-        num_columns = left.shape[-1]
-        for start in range(0, num_columns, _COLUMNS_AT_ONCE):
-            stop = min(start + _COLUMNS_AT_ONCE, num_columns)
-            errors = torch.empty(left.shape[0], stop - start)
+        for start in range(0, len(left), _COLUMNS_AT_ONCE):
+            stop = min(start + _COLUMNS_AT_ONCE, len(left))
+            errors = torch.empty_like(left[start:stop])
             for column in range(start, stop):
-                codes[:, column] = round_codes(left[:, column] / steps[:, column], weight_format)
-                error = left[:, column] - codes[:, column] * steps[:, column]
-                error = error / factor[column, column]
-                left[:, column:stop] -= torch.outer(error, factor[column, column:stop])
-                errors[:, column - start] = error
-            left[:, stop:] -= errors @ factor[start:stop, stop:]
-        unordered = torch.empty_like(codes)
-        unordered[:, self._order] = codes
+                codes[column] = round_codes(left[column] / steps[column], weight_format)
+                error = torch.addcmul(left[column], codes[column], steps[column], value=-1)
+                errors[column - start] = error.div_(factor[column, column])
+                left[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+            left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        unordered = torch.empty_like(target)
+        unordered.T[self._order] = codes
         return unordered
 
 

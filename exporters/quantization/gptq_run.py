@@ -20,7 +20,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
 from gemma_deploy.exporters.quantization.gptq import Gptq
-from gemma_deploy.exporters.quantization.stages import Stage, stage_inputs, stages_of
+from gemma_deploy.exporters.quantization.stages import Stage, StagedStream, stages_of
 from gemma_deploy.exporters.quantization.tables import embedded, quantize_tables
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
 from gemma_deploy.model.transformer import GemmaDecoderLayer
@@ -69,42 +69,50 @@ def run_gptq(
             for name, weight_format in formats.items()
             if name.startswith(f"model.layers.{index}.")
         }
-        run = _LayerRun(walk, layer, rounded, rounded_hidden, in_layer)
+        streams = (
+            StagedStream(walk, layer, walk.hidden),
+            StagedStream(walk, rounded, rounded_hidden),
+        )
+        run = _LayerRun(rounded, streams, in_layer)
         path = work.find(f"layer-{index}")
         if path is None:
             path = work.save(f"layer-{index}", run.quantize(f"model.layers.{index}."))
+            for stream in streams:
+                stream.finish()
         else:
             run.take(path, f"model.layers.{index}.")
+            walk.advance(layer)
+            walk.advance(rounded, rounded_hidden)
         prepared |= {f"model.layers.{index}.{matrix}.weight": path for matrix in in_layer}
-        walk.advance(layer)
-        walk.advance(rounded, rounded_hidden)
         # Before the next one is read.
-        del layer, rounded, run
+        del layer, rounded, run, streams
     on_progress("quantizing layers", num_layers, num_layers)
     return prepared
 
 
 class _LayerRun:
-    """One layer: the original, and a copy whose matrices become the quantized ones."""
+    """One layer on its way to being quantized.
+
+    Args:
+        rounded: A copy of the original, whose matrices become the quantized ones.
+        streams: The original's stream through the original, and the quantized one's through the copy.
+        formats: int4 or int8 formats of matrices, by their names in the layer (`mlp.up_proj`).
+    """
 
     def __init__(
         self,
-        walk: LayerWalk,
-        layer: GemmaDecoderLayer,
         rounded: GemmaDecoderLayer,
-        rounded_hidden: Tensor,
+        streams: tuple[StagedStream, StagedStream],
         formats: Mapping[str, WeightFormat],
     ) -> None:
-        self._walk = walk
-        self._layer = layer
         self._rounded = rounded
-        self._rounded_hidden = rounded_hidden
+        self._streams = streams
         self._formats = formats
 
     def quantize(self, prefix: str) -> dict[str, Tensor]:
         """Quantize stage after stage; return the parts of the matrices."""
         tensors: dict[str, Tensor] = {}
-        for stage in stages_of(self._layer):
+        for stage in stages_of(self._rounded):
             names = [name for name in stage.matrices if name in self._formats]
             for name, quantized in zip(names, self._calibrated(stage, names), strict=True):
                 stored = f"{prefix}{name}.weight"
@@ -123,10 +131,9 @@ class _LayerRun:
 
     def _calibrated(self, stage: Stage, names: Sequence[str]) -> list[Quantized]:
         """Quantize matrices of a stage by what they read."""
-        if not names:
-            return []
+        statistics = self._statistics(stage)
         weights, formats = [self._weight(x) for x in names], [self._formats[x] for x in names]
-        slices = [part.quantize(weights, formats) for part in self._statistics(stage)]
+        slices = [part.quantize(weights, formats) for part in statistics if names]
         return [
             Quantized(
                 torch.cat([x.codes for x in parts], 1), torch.cat([x.scales for x in parts], 1)
@@ -143,15 +150,11 @@ class _LayerRun:
 
     def _statistics(self, stage: Stage) -> "list[_Statistics]":
         """Look at what a stage reads in both streams, slice of columns by slice."""
-        width = self._layer.get_parameter(f"{stage.matrices[0]}.weight").shape[1]
+        width = self._rounded.get_parameter(f"{stage.matrices[0]}.weight").shape[1]
         slices = [slice(i, min(i + MAX_COLUMNS, width)) for i in range(0, width, MAX_COLUMNS)]
         statistics = [_Statistics(part) for part in slices]
-        pairs = zip(
-            stage_inputs(self._walk, self._layer, stage, self._walk.hidden),
-            stage_inputs(self._walk, self._rounded, stage, self._rounded_hidden),
-            strict=True,
-        )
-        for own, other in pairs:
+        pairs = (stream.inputs(stage) for stream in self._streams)
+        for own, other in zip(*pairs, strict=True):
             # Slices are independent of each other: each makes up for its share.
             missing = (own.residual - other.residual) / len(slices) if stage.is_added else None
             for part in statistics:

@@ -18,14 +18,10 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
 from gemma_deploy.exporters.quantization.stages import stages_of
+from gemma_deploy.exporters.quantization.tables import EMBEDDING_SHARE
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
 from gemma_deploy.model.transformer import GemmaDecoderLayer
 
-EMBEDDING_SHARE: Final = 0.1
-"""What an element of a tied table counts as embedding, as a share of the mean that it counts as head.
-
-Looked up, a row counts by itself and all its elements alike; as head, by its product with hidden
-states."""
 # A channel that the text leaves quiet may still be heard in another.
 _LEAST_SHARE: Final = 0.01
 # What is done is written down when it would be a pity to do it again.

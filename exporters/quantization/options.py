@@ -19,7 +19,7 @@ EMBEDDING_BITS: Final[tuple[EmbeddingBits, ...]] = get_args(EmbeddingBits)
 EMBEDDINGS: Final = "embeddings"
 """How `keep` calls the embedding table, and the head where it is not tied to it."""
 DEFAULT_CALIBRATION_TOKENS: Final[Mapping[Method, int]] = MappingProxyType(
-    {"rtn": 0, "imatrix": 4096, "awq": 32_768, "gptq": 32_768}
+    {"rtn": 0, "imatrix": 4096, "awq": 4096, "gptq": 8192}
 )
 
 _DEFAULT_BLOCK_SIZES: Final = MappingProxyType({"int4": 32, "int8": 32, "nf4": 64, "fp8": None})

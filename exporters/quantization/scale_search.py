@@ -9,10 +9,11 @@ from gemma_deploy.quantization.codes import round_codes
 from gemma_deploy.quantization.formats import WeightFormat
 from gemma_deploy.quantization.grid import grid_scales, signed_extremes
 
-# What the element of largest magnitude becomes, sign and all. -8 makes use of the sixteenth code;
+# What the element of largest magnitude becomes, of either sign. -8 makes use of the sixteenth code;
 # beyond -8 and 7 that element is clipped, for smaller steps everywhere else.
+_LARGEST_CODES: Final = (8.0, 7.5, 7.0, 8.5, 9.0, 9.5, 6.5, 6.0)
 _EXTREME_CODES: Final = {
-    "int4": (-8.0, -7.5, -7.0, -8.5, -9.0, -9.5, -10.0, -6.5, 7.0, 7.5, 8.0, 8.5),
+    "int4": tuple(sign * code for code in _LARGEST_CODES for sign in (-1.0, 1.0)),
     "int8": (127.0,),
 }
 # Rounding and fitting in turn ends within a few rounds; the last ones hardly gain anything.

@@ -43,6 +43,11 @@ def grid_scales(blocks: Tensor) -> Tensor:
     return found.view(blocks.shape[:-1])
 
 
+def is_on_grid(weight: Tensor, block_size: int) -> Tensor:
+    """Tell which rows of a matrix [N, K] are nothing but blocks on a grid and zeros; bool [N]."""
+    return (grid_scales(weight.reshape(len(weight), -1, block_size)) != 0).all(-1)
+
+
 def signed_extremes(blocks: Tensor) -> Tensor:
     """Return the weight of largest magnitude in each block [..., size], sign and all; [...]."""
     high, low = blocks.amax(-1), blocks.amin(-1)

@@ -1,21 +1,24 @@
 """What run_gptq and run_awq share: never worse than rounding, and continued where they stopped."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.exporters.quantization.awq import AwqLayer, run_awq
 from gemma_deploy.exporters.quantization.gptq_run import run_gptq
-from gemma_deploy.exporters.quantization.options import QuantizationOptions, formats_of
-from gemma_deploy.exporters.quantization.stages import Stage, stage_inputs, stages_of
+from gemma_deploy.exporters.quantization.options import Method, QuantizationOptions, formats_of
+from gemma_deploy.exporters.quantization.stages import Stage, StagedStream, stage_inputs, stages_of
 from gemma_deploy.exporters.quantization.work_folder import WorkFolder
 from gemma_deploy.model.transformer import GemmaDecoderLayer
 from gemma_deploy.quantization.codes import Quantized, dequantize, quantize, unpack
@@ -24,6 +27,7 @@ from gemma_deploy.quantization.formats import WeightFormat, scales_name
 TinyFolders = Callable[..., Path]
 Run = Callable[..., dict[str, Path]]
 RUNS = [run_gptq, run_awq]
+TINY_GEMMA = Path(__file__).parents[3] / "samples" / "tiny-gemma"
 
 
 def load_into(model: Any, prepared: dict[str, Path], formats: dict[str, WeightFormat]) -> None:
@@ -152,3 +156,50 @@ def test_what_is_kept_dense_stays_out_of_awq(
     # Its norm feeds a dense matrix too, so that nothing may be folded into it.
     assert not any("input_layernorm" in name for name in prepared)
     assert "model.layers.0.post_attention_layernorm.scale" not in prepared
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_a_staged_stream_sees_and_does_what_the_layer_does(
+    tiny_checkpoint: TinyFolders, random_tokens: Callable[..., Any], name: str
+) -> None:
+    walk = LayerWalk(Checkpoint.open(tiny_checkpoint(name)), torch.as_tensor(random_tokens(7, 16)))
+    walk.rows_at_once = 3
+    layer = walk.layer(0)
+    stream = walk.hidden.clone()
+    staged = StagedStream(walk, layer, stream)
+    for stage in stages_of(layer):
+        # One after the other: both hook into the layer.
+        wanted = list(stage_inputs(walk, layer, stage, walk.hidden))
+        for found, expected in zip(staged.inputs(stage), wanted, strict=True):
+            torch.testing.assert_close(found.inputs, expected.inputs)
+            torch.testing.assert_close(found.residual, expected.residual)
+    staged.finish()
+    walk.advance(layer)
+    torch.testing.assert_close(stream, walk.hidden)
+
+
+@pytest.mark.parametrize("method", ["rtn", "imatrix", "awq", "gptq"])
+def test_a_checkpoint_that_lies_on_a_grid_keeps_it(tmp_path: Path, method: Method) -> None:
+    """All matrices of the trained sample are put on one, with steps of 32 and of 64 weights."""
+    folder = tmp_path / "on-grid"
+    shutil.copytree(TINY_GEMMA, folder)
+    weights = load_file(folder / "model.safetensors")
+    for number, (name, weight) in enumerate(weights.items()):
+        if weight.dim() == 2:
+            blocks = weight.double().numpy().reshape(-1, (32, 64)[number % 2])
+            steps = np.float16(np.abs(blocks).max(-1, keepdims=True) / 7).astype(np.float64)
+            codes = np.clip(np.round(blocks / steps), -8, 7)
+            values = torch.from_numpy((codes * steps).reshape(weight.shape))
+            weights[name] = values.to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors")
+    bundle = export_checkpoint(
+        folder,
+        tmp_path / "bundle",
+        graphs=["onnxruntime"],
+        quantization=QuantizationOptions(method=method, calibration_tokens=2048),
+    )
+    stored = load_file(bundle.weights_path)
+    for name, weight_format in bundle.manifest.formats.items():
+        found = Quantized(unpack(stored[name], weight_format), stored[scales_name(name)])
+        error = dequantize(found, weight_format).double() - weights[name].double()
+        assert float(error.norm() / weights[name].double().norm()) < 0.002, name
