@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event
+from pathlib import Path
 from typing import Any, Final
 
 from gemma_deploy.freed_memory import return_freed_memory
@@ -44,21 +44,24 @@ def open_model(
 
 
 def _beside(source: ModelSource, **session_options: Any) -> tuple[Session, GemmaTokenizer]:
-    """Read the tokenizer here, where glibc gives back all that reading it freed, and load elsewhere."""
-    is_loading = Event()
-    with ThreadPoolExecutor(1, "gemma-deploy-session") as pool:
-        made = pool.submit(create_session, source, before_load=is_loading.set, **session_options)
-        made.add_done_callback(lambda _: is_loading.set())
+    reading: list[Future[GemmaTokenizer]] = []
+    with ThreadPoolExecutor(1, "gemma-deploy-tokenizer") as pool:
         try:
-            is_loading.wait()
-            time.sleep(_HEAD_START_S)
-            tokenizer = GemmaTokenizer.from_pretrained(source.folder)
-        except BaseException:
-            made.add_done_callback(_close)
+            session = create_session(
+                source,
+                before_load=lambda: reading.append(pool.submit(_read_later, source.folder)),
+                **session_options,
+            )
+        except Exception:
+            _ = reading[0].result() if reading else GemmaTokenizer.from_pretrained(source.folder)
             raise
-        return made.result(), tokenizer
+        try:
+            return session, reading[0].result()
+        except BaseException:
+            session.close()
+            raise
 
 
-def _close(made: Future[Session]) -> None:
-    if made.exception() is None:
-        made.result().close()
+def _read_later(folder: Path) -> GemmaTokenizer:
+    time.sleep(_HEAD_START_S)
+    return GemmaTokenizer.from_pretrained(folder)
