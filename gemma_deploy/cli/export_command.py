@@ -89,7 +89,8 @@ A folder of that name wins over the hub.
     "--no-calibration",
     is_flag=True,
     help="Do not run the model: bound float16's peaks by the weights alone, which is quicker and "
-    "scales more than it must.",
+    "scales more than it must, and round --int4 to nearest, which is quicker and further from the "
+    "original.",
 )
 @click.option(
     "--graphs",
