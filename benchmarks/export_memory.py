@@ -32,7 +32,9 @@ from pathlib import Path
 from gemma_deploy.exporters.export import export_checkpoint
 from gemma_deploy.exporters.quantization.options import QuantizationOptions
 name = sys.argv[3]
-options = QuantizationOptions(scheme=name) if name in ("int4", "int8", "nf4", "fp8") else None
+options = None
+if name in ("int4", "int8", "nf4", "fp8"):
+    options = QuantizationOptions(scheme=name, method="rtn")
 dtype = None if options else name
 export_checkpoint(
     Path(sys.argv[1]), Path(sys.argv[2]), dtype=dtype, quantization=options, is_calibrated=False

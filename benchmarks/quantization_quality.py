@@ -1,10 +1,10 @@
 """Measure what each way of quantizing costs in quality, end to end on ONNX Runtime.
 
-samples/tiny-gemma is exported in each way, by `gemma-deploy export`, and compared with the checkpoint in
-float32 on its held-out text, by `gemma-deploy evaluate`. Calibration reads documents that the model was
-trained on, none of which is in that text. The reference is llama.cpp's Q4_0, round to nearest, on all
-matrices. Run it in the repository's root; it takes some 10 minutes on 2 cores and needs no network. A
-Markdown table goes to stdout.
+samples/tiny-gemma, or the checkpoint given, is exported in each way, by `gemma-deploy export`, and compared
+with itself in float32 on the sample's held-out text, by `gemma-deploy evaluate`. The sample's calibration
+reads documents that it was trained on, none of which is in that text; other models read the built-in
+text. The reference is llama.cpp's Q4_0, round to nearest, on all matrices. Run it in the repository's root;
+for the sample it takes some 10 minutes on 2 cores and needs no network. A Markdown table goes to stdout.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_deploy.bundle import WEIGHTS_FILE
-from gemma_deploy.safetensors_files import SINGLE_FILE
+from gemma_deploy.checkpoint import Checkpoint
 from samples.tiny_gemma_documents import read_documents
 
-CHECKPOINT = Path("samples/tiny-gemma")
+SAMPLE = Path("samples/tiny-gemma")
 _BLOCK = 32
 
 
@@ -51,7 +51,8 @@ class Variant:
 VARIANTS = (
     Variant(name="int8", options=("--int8",)),
     Variant(name="nf4, blocks of 64", options=("--nf4",)),
-    Variant(name="int4 rtn", options=("--int4",)),
+    Variant(name="int4 rtn", options=("--int4", "--method", "rtn")),
+    Variant(name="int4 imatrix", options=("--int4", "--method", "imatrix")),
     Variant(name="int4 awq", options=("--int4", "--method", "awq")),
     Variant(name="int4 gptq", options=("--int4", "--method", "gptq")),
     Variant(
@@ -70,45 +71,89 @@ VARIANTS = (
 )
 
 
+OF_A_CHECKPOINT = ("int4 rtn", "int4 imatrix", "int4 awq", "int4 gptq")
+"""What is measured of a checkpoint of one's own, unless it is said."""
+
+
 def main() -> None:
     """Measure the variants asked for and print a table."""
     parser = argparse.ArgumentParser(description="Measure what quantization costs in quality.")
+    parser.add_argument("--checkpoint", type=Path, default=SAMPLE, help="default: the sample")
+    parser.add_argument("--max-tokens", type=int, help="of the text to evaluate on; default: all")
     parser.add_argument(
-        "--only", nargs="*", default=[], help="parts of variants' names; default all"
+        "--only",
+        nargs="*",
+        default=[],
+        help="parts of variants' names; default: all, and of a checkpoint of one's own int4's methods",
     )
     arguments = parser.parse_args()
-    chosen = [x for x in VARIANTS if not arguments.only or any(y in x.name for y in arguments.only)]
+    chosen = [x for x in VARIANTS if any(part in x.name for part in arguments.only)]
+    if not arguments.only:
+        is_sample = arguments.checkpoint == SAMPLE
+        chosen = [x for x in VARIANTS if is_sample or x.name in OF_A_CHECKPOINT]
     with tempfile.TemporaryDirectory() as scratch:
-        for line in measured(chosen, Path(scratch)):
+        measure = Measurement(
+            checkpoint=arguments.checkpoint,
+            max_tokens=arguments.max_tokens,
+            scratch=Path(scratch),
+        )
+        for line in measure.table(chosen):
             print(line, flush=True)
 
 
-def measured(variants: Sequence[Variant], scratch: Path) -> Iterator[str]:
-    """Yield the table's lines."""
-    text = scratch / "calibration.txt"
-    text.write_text(training_text(), encoding="utf-8")
-    shapes = {name: weight.shape for name, weight in load_file(CHECKPOINT / SINGLE_FILE).items()}
-    num_parameters = sum(math.prod(shape) for shape in shapes.values())
-    yield "| export | bits | KL mean, nats | of Q4_0's | KL p99 | perplexity | top-1 | export, s |"
-    yield "|---|---|---|---|---|---|---|---|"
-    write_q4_0(scratch / "q4_0")
-    reference = evaluate(scratch / "q4_0")
-    matrices = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    q4_0_bits = (4.5 * matrices + 32 * (num_parameters - matrices)) / num_parameters
-    yield row("llama.cpp Q4_0 (torch)", q4_0_bits, reference, reference, None)
-    for variant in variants:
-        budget = []
-        if variant.max_bits is not None:
-            budget = ["--max-size", str(int(variant.max_bits * num_parameters / 8))]
-        bundle = scratch / "bundle"
-        start = time.perf_counter()
-        calibrated = ["--calibration-text", str(text)]
-        run("export", CHECKPOINT, "-o", bundle, "--force", *variant.options, *budget, *calibrated)
-        seconds = time.perf_counter() - start
-        weights = load_file(bundle / WEIGHTS_FILE)
-        bits = 8 * sum(x.nbytes for x in weights.values()) / num_parameters
-        yield row(variant.name, bits, evaluate(bundle), reference, seconds)
-        shutil.rmtree(bundle)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What is exported and compared.
+
+    Attributes:
+        checkpoint: The model's folder.
+        max_tokens: Of the held-out text; None for all of it.
+        scratch: Where bundles go.
+    """
+
+    checkpoint: Path
+    max_tokens: int | None
+    scratch: Path
+
+    def table(self, variants: Sequence[Variant]) -> Iterator[str]:
+        """Yield the table's lines."""
+        calibrated: list[object] = []
+        if self.checkpoint == SAMPLE:
+            text = self.scratch / "calibration.txt"
+            text.write_text(training_text(), encoding="utf-8")
+            calibrated = ["--calibration-text", text]
+        shapes = [info.shape for info in Checkpoint.open(self.checkpoint).tensors.values()]
+        num_parameters = sum(map(math.prod, shapes))
+        yield "| export | bits | KL mean, nats | of Q4_0's | KL p99 | perplexity | top-1 | export, s |"
+        yield "|---|---|---|---|---|---|---|---|"
+        write_q4_0(self.checkpoint, self.scratch / "q4_0")
+        reference = self.evaluate(self.scratch / "q4_0")
+        matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        q4_0_bits = (4.5 * matrices + 32 * (num_parameters - matrices)) / num_parameters
+        yield row("llama.cpp Q4_0 (torch)", q4_0_bits, reference, reference, None)
+        for variant in variants:
+            budget = []
+            if variant.max_bits is not None:
+                budget = ["--max-size", str(int(variant.max_bits * num_parameters / 8))]
+            bundle = self.scratch / "bundle"
+            options = (*variant.options, *budget, *calibrated)
+            start = time.perf_counter()
+            run("export", self.checkpoint, "-o", bundle, "--force", *options)
+            seconds = time.perf_counter() - start
+            weights = load_file(bundle / WEIGHTS_FILE)
+            bits = 8 * sum(x.nbytes for x in weights.values()) / num_parameters
+            del weights
+            yield row(variant.name, bits, self.evaluate(bundle), reference, seconds)
+            shutil.rmtree(bundle)
+
+    def evaluate(self, folder: Path) -> dict[str, Any]:
+        """Return the figures of a bundle or checkpoint."""
+        text = ["--text", SAMPLE / "held_out.txt"]
+        if self.max_tokens is not None:
+            text += ["--max-tokens", str(self.max_tokens)]
+        output = run("evaluate", folder, *text, "--reference", self.checkpoint, "--json")
+        figures: dict[str, Any] = json.loads(output)
+        return figures
 
 
 def training_text() -> str:
@@ -118,14 +163,15 @@ def training_text() -> str:
     return "\n\n\n".join(documents)[:400_000]
 
 
-def write_q4_0(folder: Path) -> None:
+def write_q4_0(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint whose matrices have the values that Q4_0 gives them, in float32."""
-    shutil.copytree(CHECKPOINT, folder)
-    weights = {name: weight.float() for name, weight in load_file(CHECKPOINT / SINGLE_FILE).items()}
-    rounded = {
-        name: q4_0(weight) if weight.dim() == 2 else weight for name, weight in weights.items()
-    }
-    save_file(rounded, folder / SINGLE_FILE, metadata={"format": "pt"})
+    shutil.copytree(checkpoint, folder)
+    for path in folder.glob("*.safetensors"):
+        weights = {name: weight.float() for name, weight in load_file(path).items()}
+        rounded = {
+            name: q4_0(weight) if weight.dim() == 2 else weight for name, weight in weights.items()
+        }
+        save_file(rounded, path, metadata={"format": "pt"})
 
 
 def q4_0(weight: Tensor) -> Tensor:
@@ -136,14 +182,6 @@ def q4_0(weight: Tensor) -> Tensor:
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
     codes = (blocks * inverse + 8.5).to(torch.int8).clamp(max=15) - 8
     return (codes * scales.half().float()).reshape(weight.shape)
-
-
-def evaluate(folder: Path) -> dict[str, Any]:
-    """Return the figures of a bundle or checkpoint."""
-    held_out = CHECKPOINT / "held_out.txt"
-    output = run("evaluate", folder, "--text", held_out, "--reference", CHECKPOINT, "--json")
-    figures: dict[str, Any] = json.loads(output)
-    return figures
 
 
 def run(*arguments: object) -> str:

@@ -90,11 +90,11 @@ def export_checkpoint(  # noqa: PLR0913  # a keyword for each decision
     # Read first: a bundle whose tokenizer cannot be read would be of no use.
     has_tokenizer = bool(GemmaTokenizer.files(checkpoint))
     tokenizer = GemmaTokenizer.from_pretrained(checkpoint) if has_tokenizer else None
+    formats = _formats(source, quantization)
     if quantization is not None:
         quantization = possible_options(
             quantization, checkpoint, tokenizer, is_calibrated=is_calibrated
         )
-    formats = _formats(source, quantization)
     if formats or quantization is not None:
         precision = Precision.of_quantized(dtype, cache_dtype)
     else:

@@ -43,7 +43,7 @@ class Manifest:
         graphs: Path of each phase's graph, for each lowering the bundle has; `onnxruntime` always.
         weights: Path of the weights file all graphs point into.
         formats: How quantized matrices are stored, by name; empty in a dense bundle.
-        method: What found the codes: `rtn`, `awq` or `gptq`, or the name of the tool that a
+        method: What found the codes: `rtn`, `imatrix`, `awq` or `gptq`, or the name of the tool that a
             checkpoint was quantized with; None in a dense bundle.
         divergence: How far the quantized weights are from the checkpoint's; None where the export
             did not measure it.

@@ -77,6 +77,8 @@ class QuantizationOptions:
                 f"--method {self.chosen_method} with {self.scheme}: calibration is there for "
                 f"{' and '.join(_CALIBRATED_SCHEMES)}; use --method rtn"
             )
+        # So that a block size which the scheme does not have is found at once.
+        _ = self.layer_format, self.embedding_format
         if self.chosen_method != "rtn" and self.is_per_channel:
             raise RequestError(
                 f"--method {self.chosen_method} with one scale per channel: calibration works on "
@@ -89,8 +91,6 @@ class QuantizationOptions:
         _check_budget(self)
         for entry in self.keep:
             _check_keep(entry)
-        # So that a block size which the scheme does not have is found at once.
-        _ = self.layer_format, self.embedding_format
 
     @property
     def layer_format(self) -> WeightFormat:

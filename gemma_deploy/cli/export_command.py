@@ -92,7 +92,8 @@ A folder of that name wins over the hub.
     "--no-calibration",
     is_flag=True,
     help="Do not run the model: bound float16's peaks by the weights alone, which is quicker and "
-    "scales more than it must, and leave unknown how far quantized weights are from the original.",
+    "scales more than it must; round --int4 to nearest, which is further from the original; and leave "
+    "unknown how far quantized weights are from it.",
 )
 @click.option(
     "--graphs",

@@ -96,7 +96,7 @@ def quantization_options(function: Function) -> Function:
             type=click.IntRange(min=1),
             metavar="N",
             help="Most tokens of the calibration text that imatrix, awq and gptq read. [default: 4096 "
-            "for imatrix, 32768 for awq and gptq]",
+            "for imatrix and awq, 8192 for gptq]",
         ),
         click.option(
             "--auto",

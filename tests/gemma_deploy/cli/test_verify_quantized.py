@@ -24,7 +24,7 @@ def quantized(bundle_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return api.export(
         bundle_checkpoint,
         tmp_path_factory.mktemp("quantized") / "bundle",
-        quantization=QuantizationOptions(scheme="int4", block_size=32, embedding_bits=8),
+        quantization=QuantizationOptions(embedding_bits=8, method="rtn"),
         graphs=["tensorrt"],
         is_calibrated=False,
     ).folder

@@ -49,7 +49,7 @@ def exported(
             bundles[scheme] = export_checkpoint(
                 tiny_checkpoint("gemma1"),
                 tmp_path_factory.mktemp("exported") / scheme,
-                quantization=QuantizationOptions(scheme=scheme),
+                quantization=QuantizationOptions(scheme=scheme, method="rtn"),
                 graphs=("onnxruntime",),
                 is_calibrated=False,
             )
