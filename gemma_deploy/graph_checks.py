@@ -125,11 +125,12 @@ def _check_nodes(graph: Path, scope: Any, *, is_top: bool) -> None:
 
 def _check_names(graph: Path, scope: Any) -> None:
     """Refuse names that command a terminal: ONNX Runtime itself prints them as they are."""
-    names = [x.name for x in getattr(scope, "initializer", ())]
+    named = ("initializer", "input", "output", "value_info")
+    names = [getattr(x, "name", x) for field in named for x in getattr(scope, field, ())]
     for node in scope.node:
         names += [node.name, *node.input, *node.output]
     for name in names:
-        if not name.isprintable():
+        if isinstance(name, bytes) or not name.isprintable():  # bytes where it is not UTF-8
             raise foreign(graph, f"it has the name {shortened(name)}")
 
 
