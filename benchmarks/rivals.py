@@ -36,7 +36,7 @@ from gemma_deploy.runtime.benchmark.results import OURS, BenchCase, BenchReport
 
 _PROGRAMS: Final = "benchmarks.rival_programs"
 _OUR_WORKER: Final = "gemma_deploy.runtime.benchmark.worker"
-_EXPORT_OPTIONS: Final = "--int4 --block-size 128 --graphs onnxruntime"
+_EXPORT_OPTIONS: Final = "--int4 --method rtn --block-size 128 --graphs onnxruntime"
 
 
 def take_turns(

@@ -77,6 +77,7 @@ def preflight_rows(
             row_tokens=PREFLIGHT_ROW_TOKENS,
             min_tokens=MIN_PREFLIGHT_TOKENS,
             max_tokens=PREFLIGHT_TOKENS,
+            vocab_size=checkpoint.config.vocab_size,
         )
     shape = (PREFLIGHT_TOKENS // PREFLIGHT_ROW_TOKENS, PREFLIGHT_ROW_TOKENS)
     seeded = torch.Generator().manual_seed(0)

@@ -267,11 +267,7 @@ def _prepared_blocks(tensor: StoredTensor, path: Path) -> Iterator[tuple[Tensor,
             *codes, last = (part[start : start + step] for part in parts)
             divided = (last.float() / tensor.divisor).to(last.dtype)
             if not bool(torch.isfinite(divided).all()):
-                raise ExportError(
-                    f"{tensor.source} has weights that are too large for the float16 scales of "
-                    f"{tensor.format}: keep it in 16 bits with --keep-fp16, and export with --dtype "
-                    "bfloat16 or float32"
-                )
+                raise _too_large_for_scales(tensor)
             if codes:
                 # TensorRT takes no zero; this is the number next to it.
                 divided[divided == 0] = torch.finfo(divided.dtype).smallest_normal * 2**-10
@@ -301,12 +297,21 @@ def _transformed(
         dtype = _TORCH_DTYPES[cast(DType, tensor.format.scheme)]
         is_finite = bool(torch.isfinite(_folded(extremes, tensor).to(dtype)).all())
         parts = (_folded(block, tensor).to(dtype),)
+    if not is_finite and tensor.format.is_quantized:
+        raise _too_large_for_scales(tensor)
     if not is_finite:
         raise ExportError(
             f"{tensor.source} holds {extremes.abs().max().item():g}, too large for "
             f"{tensor.format}: export with --dtype bfloat16 or float32"
         )
     return parts
+
+
+def _too_large_for_scales(tensor: StoredTensor) -> ExportError:
+    return ExportError(
+        f"{tensor.source} has weights that are too large for the float16 scales of {tensor.format}: keep "
+        "it in 16 bits with --keep-fp16, and export with --dtype bfloat16 or float32"
+    )
 
 
 def _folded(block: Tensor, tensor: StoredTensor) -> Tensor:

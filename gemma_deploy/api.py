@@ -52,9 +52,9 @@ def export(  # noqa: PLR0913  # a keyword for each decision
         quantization: What matrices to quantize, and how: `QuantizationOptions(scheme="int4")`.
         calibration_text: A UTF-8 text file to measure activations on, and at its end how far
             quantized weights are from the original; None for built-in texts.
-        is_calibrated: Whether the model is run to find what overflows float16, and how far quantized
-            weights are from the original (`manifest.divergence` of the bundle); else the first is
-            bounded by the weights, and the second not known.
+        is_calibrated: Whether the model is run on text; else what overflows float16 is bounded by the
+            weights, int4 is rounded to nearest unless another method is asked for, and how far
+            quantized weights are from the original (`manifest.divergence`) is not known.
         force: Whether an existing bundle at `output` may be replaced.
         on_progress: Called with what is being done, how much is done and how much there is.
 

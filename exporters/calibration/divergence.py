@@ -15,7 +15,7 @@ from torch import Tensor
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.config import GemmaConfig
-from gemma_deploy.errors import CheckpointError, ExportError, RequestError
+from gemma_deploy.errors import CheckpointError, ExportError
 from gemma_deploy.exporters.calibration.kl_sum import KLSum, capped
 from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
 from gemma_deploy.exporters.calibration.text import held_out_text, token_rows
@@ -33,8 +33,12 @@ _LOGITS_BYTES: Final = 16 << 20
 OnProgress = Callable[[str, int, int], object]
 
 
-def measured_rows(tokenizer: GemmaTokenizer, text: str | None, config: GemmaConfig) -> Tensor:
+def measured_rows(
+    tokenizer: GemmaTokenizer, text: str | None, config: GemmaConfig
+) -> Tensor | None:
     """Return what both models read, int64 [R, S]: if it can be, what no calibration has read.
+
+    None for a text that is too short to say anything.
 
     Args:
         tokenizer: The model's.
@@ -43,23 +47,18 @@ def measured_rows(tokenizer: GemmaTokenizer, text: str | None, config: GemmaConf
         config: The model.
 
     Raises:
-        RequestError: The text is too short, or has tokens that the model has no embedding of.
+        RequestError: The text is empty, or has tokens that the model has no embedding of.
     """
     rows = token_rows(
         tokenizer,
         held_out_text() if text is None else text,
         row_tokens=min(MEASURED_TOKENS, config.max_position_embeddings),
-        min_tokens=MIN_MEASURED_TOKENS,
+        min_tokens=1,
         max_tokens=MEASURED_TOKENS,
+        vocab_size=config.vocab_size,
         is_from_end=True,
     )
-    if int(rows.max()) >= config.vocab_size:
-        raise RequestError(
-            f"the text has tokens that the model has no embedding of ({config.vocab_size} tokens): use "
-            "the tokenizer that belongs to the model and a text without such tokens, or export with "
-            "--no-calibration, which reads none"
-        )
-    return rows
+    return rows if rows.numel() >= MIN_MEASURED_TOKENS else None
 
 
 @torch.no_grad()

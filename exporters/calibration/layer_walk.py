@@ -143,6 +143,19 @@ def embedding_rows(checkpoint: Checkpoint, token_ids: Tensor) -> Tensor:
     return raw.float()
 
 
+def check_readable(energy: Tensor, matrix: str) -> None:
+    """Refuse squares of what a matrix reads that are NaN or infinite.
+
+    Raises:
+        CheckpointError: With the matrix's name.
+    """
+    if not bool(torch.isfinite(energy).all()):
+        raise CheckpointError(
+            f"what {matrix} reads on the calibration text is NaN or too large to be squared in float32: a "
+            "weight before it is damaged; download the checkpoint again"
+        )
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Refuse a weight that is NaN or infinite.
 

@@ -29,6 +29,7 @@ def token_rows(
     row_tokens: int,
     min_tokens: int,
     max_tokens: int,
+    vocab_size: int,
     is_from_end: bool = False,
 ) -> Tensor:
     """Cut a text into rows, each beginning with `<bos>` as the model has it.
@@ -39,6 +40,7 @@ def token_rows(
         row_tokens: S, most tokens of a row, `<bos>` included.
         min_tokens: Fewest tokens that are of use.
         max_tokens: Most that are read; the rest of the text is left out.
+        vocab_size: V, tokens that the model has embeddings of.
         is_from_end: Whether the text's end is read, and its beginning left out.
 
     Returns:
@@ -46,7 +48,8 @@ def token_rows(
         less than a row is one shorter row.
 
     Raises:
-        RequestError: The text has fewer than `min_tokens` tokens.
+        RequestError: The text has fewer than `min_tokens` tokens, or tokens that the model has no
+            embedding of.
     """
     source = default_text() if text is None else text
     bos = tokenizer.bos_token_id
@@ -61,7 +64,14 @@ def token_rows(
     num_rows = max(1, min(len(ids) // body_tokens, max_tokens // (body_tokens + len(head))))
     read_tokens = num_rows * body_tokens
     body = ids[-read_tokens:] if is_from_end else ids[:read_tokens]
-    return torch.cat((head.expand(num_rows, -1), body.view(num_rows, body_tokens)), dim=1)
+    rows = torch.cat((head.expand(num_rows, -1), body.view(num_rows, body_tokens)), dim=1)
+    if int(rows.max()) >= vocab_size:
+        raise RequestError(
+            f"the text has token {int(rows.max())}, and the model has embeddings of {vocab_size}: use the "
+            "tokenizer that belongs to the model and a text without such tokens, or export with "
+            "--no-calibration, which reads none"
+        )
+    return rows
 
 
 def _built_in(name: str) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
-from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from gemma_deploy.exporters.calibration.layer_walk import LayerWalk, check_readable
 from gemma_deploy.exporters.calibration.overflow import MEASURED_HEADROOM
+from gemma_deploy.exporters.quantization.importance import raised
 from gemma_deploy.exporters.quantization.scale_search import search_scales, storable
 from gemma_deploy.exporters.quantization.stages import Stage, stage_inputs, stages_of
 from gemma_deploy.exporters.quantization.tables import embedded, quantize_tables
@@ -151,6 +152,7 @@ class AwqLayer:
 
     def _quantize_stage(self, stage: Stage, names: Sequence[str]) -> None:
         inputs = self._inputs(stage)
+        check_readable(inputs.square().sum(0), stage.matrices[0])
         ones = torch.ones(inputs.shape[-1])
         factors = ones
         # A matrix that stays dense would have to change with the others, and one that lies on a grid
@@ -213,7 +215,7 @@ class AwqLayer:
         weight = weight[:: -(-len(weight) // _TRIAL_ROWS)]
         scaled = weight * factors
         weight_format = self._formats[name]
-        scales = search_scales(scaled, inputs.square().mean(0) / factors.square(), weight_format)
+        scales = search_scales(scaled, _counts(inputs, factors), weight_format)
         found = dequantize(quantize(scaled, weight_format, scales.half()), weight_format)
         return float(_losses(weight - found / factors, inputs).mean())
 
@@ -232,7 +234,7 @@ class AwqLayer:
         """Return codes of the scaled matrix; each row with the better of two choices of scales."""
         weight_format = self._formats[name]
         scaled = self._weight(name) * factors
-        scales = search_scales(scaled, inputs.square().mean(0) / factors.square(), weight_format)
+        scales = search_scales(scaled, _counts(inputs, factors), weight_format)
         found = quantize(scaled, weight_format, scales.half())
         nearest = quantize(scaled, weight_format)
         losses = [
@@ -266,6 +268,11 @@ class AwqLayer:
         """Give a matrix of the changed layer the values of its codes."""
         values = dequantize(self._quantized[name], self._formats[name])
         self._layer.get_parameter(f"{name}.weight").copy_(values)
+
+
+def _counts(inputs: Tensor, factors: Tensor) -> Tensor:
+    """Return what a squared error of an element of each scaled column counts, [K]."""
+    return raised(inputs.square().mean(0)) / factors.square()
 
 
 def _losses(error: Tensor, inputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _COLUMNS_AT_ONCE = 128
 class Gptq:
     """The inputs of some matrices, ready to quantize any of them.
 
-    Memory: three float32 matrices [K, K].
+    Memory: some five float32 matrices [K, K] while it is made, three afterwards.
 
     Args:
         hessian: float32 [K, K], mean of x x^T over the inputs; damped in place.

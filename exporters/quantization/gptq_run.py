@@ -8,6 +8,7 @@ matrices make up for earlier ones' errors, also for those that the residual stre
 """
 
 import copy
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT
-from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from gemma_deploy.exporters.calibration.layer_walk import LayerWalk, check_readable
 from gemma_deploy.exporters.quantization.gptq import Gptq
 from gemma_deploy.exporters.quantization.stages import Stage, StagedStream, stages_of
 from gemma_deploy.exporters.quantization.tables import embedded, quantize_tables
@@ -131,9 +132,15 @@ class _LayerRun:
 
     def _calibrated(self, stage: Stage, names: Sequence[str]) -> list[Quantized]:
         """Quantize matrices of a stage by what they read."""
+        if not names:
+            for stream in self._streams:  # later stages go on from what this one reads
+                deque(stream.inputs(stage), maxlen=0)
+            return []
         statistics = self._statistics(stage)
+        for part in statistics:
+            check_readable(part.energy, names[0])
         weights, formats = [self._weight(x) for x in names], [self._formats[x] for x in names]
-        slices = [part.quantize(weights, formats) for part in statistics if names]
+        slices = [part.quantize(weights, formats) for part in statistics]
         return [
             Quantized(
                 torch.cat([x.codes for x in parts], 1), torch.cat([x.scales for x in parts], 1)
@@ -183,6 +190,11 @@ class _Statistics:
             product = missing.T @ other
             self._missing = product if self._missing is None else self._missing + product
 
+    @property
+    def energy(self) -> Tensor:
+        """Sums of the inputs' squares, [K]."""
+        return self._hessian.diagonal()
+
     def quantize(
         self, weights: Sequence[Tensor], formats: Sequence[WeightFormat]
     ) -> list[Quantized]:
@@ -191,7 +203,7 @@ class _Statistics:
         They do for the second stream's inputs what the original's do for the first's, as nearly as
         they can.
         """
-        gptq = Gptq(self._hessian / self._num_tokens)
+        gptq = Gptq(self._hessian.div_(self._num_tokens))
         found = []
         for weight, weight_format in zip(weights, formats, strict=True):
             part = weight[:, self.columns]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from gemma_deploy.exporters.calibration.layer_walk import LayerWalk
+from gemma_deploy.exporters.calibration.layer_walk import LayerWalk, check_readable
 from gemma_deploy.exporters.quantization.stages import stages_of
 from gemma_deploy.exporters.quantization.tables import EMBEDDING_SHARE
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
@@ -48,7 +48,7 @@ def measure_importance(
 
     Returns:
         What a squared error of an element of each column counts, float32 [K] per matrix; positive, and
-        1 for a table that only embeds.
+        the same everywhere for a table that only embeds.
 
     Raises:
         CheckpointError: The weights cannot be read, or one is not finite.
@@ -70,6 +70,7 @@ def measure_importance(
         with _energies(layer) as seen:
             walk.advance(layer)
         for name, energy in seen.items():
+            check_readable(energy, f"model.layers.{index}.{name}")
             energies[f"model.layers.{index}.{name}.weight"] = energy / token_rows.numel()
         # Before the next one is read.
         del layer
@@ -78,7 +79,7 @@ def measure_importance(
             saved = time.monotonic()
     on_progress("reading the text", num_layers, num_layers)
     energies |= _of_tables(checkpoint, walk)
-    return {name: _floored(energies[name]) for name in matrices}
+    return {name: raised(energies[name]) for name in matrices}
 
 
 @contextmanager
@@ -113,7 +114,7 @@ def _of_tables(checkpoint: Checkpoint, walk: LayerWalk) -> dict[str, Tensor]:
     return {EMBEDDING_WEIGHT: energy + EMBEDDING_SHARE * energy.mean()}
 
 
-def _floored(energy: Tensor) -> Tensor:
-    """Let no channel count for nothing."""
+def raised(energy: Tensor) -> Tensor:
+    """Return mean squares of inputs [K] so that no channel counts for nothing."""
     floor = _LEAST_SHARE * float(energy.mean())
     return energy + (floor or 1.0)

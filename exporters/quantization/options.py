@@ -9,7 +9,7 @@ from gemma_deploy.checkpoint import expected_tensors
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.errors import RequestError
-from gemma_deploy.quantization.formats import SCHEMES, Scheme, WeightFormat
+from gemma_deploy.quantization.formats import DEFAULT_BLOCK_SIZES, SCHEMES, Scheme, WeightFormat
 
 Method = Literal["rtn", "imatrix", "awq", "gptq"]
 EmbeddingBits = Literal[4, 8, 16]
@@ -22,7 +22,6 @@ DEFAULT_CALIBRATION_TOKENS: Final[Mapping[Method, int]] = MappingProxyType(
     {"rtn": 0, "imatrix": 4096, "awq": 4096, "gptq": 8192}
 )
 
-_DEFAULT_BLOCK_SIZES: Final = MappingProxyType({"int4": 32, "int8": 32, "nf4": 64, "fp8": None})
 # Neither ONNX Runtime nor TensorRT looks rows up in an NF4 or FP8 table.
 _DEFAULT_EMBEDDING_BITS: Final = MappingProxyType({"int4": 4, "int8": 8, "nf4": 8, "fp8": 8})
 # Calibration moves errors between integer codes; the others are rounded to nearest only.
@@ -106,23 +105,18 @@ class QuantizationOptions:
         scheme: Scheme = "int4" if bits == 4 else "int8"
         if scheme == self.scheme:
             return self._format(scheme)
-        return WeightFormat(scheme, self.block_size or _DEFAULT_BLOCK_SIZES[scheme])
+        return WeightFormat(scheme, self.block_size or DEFAULT_BLOCK_SIZES[scheme])
 
     def _format(self, scheme: Scheme) -> WeightFormat:
         if self.is_per_channel:
             return WeightFormat(scheme)
-        return WeightFormat(scheme, self.block_size or _DEFAULT_BLOCK_SIZES[scheme])
+        return WeightFormat(scheme, self.block_size or DEFAULT_BLOCK_SIZES[scheme])
 
     @property
     def chosen_method(self) -> Method:
         """How codes are found."""
         default: Method = "imatrix" if self.scheme == "int4" else "rtn"
         return self.method or ("gptq" if self.is_automatic else default)
-
-    @property
-    def chosen_calibration_tokens(self) -> int:
-        """How much of the calibration text is read."""
-        return self.calibration_tokens or DEFAULT_CALIBRATION_TOKENS[self.chosen_method]
 
     @property
     def needs_calibration(self) -> bool:
@@ -224,6 +218,11 @@ def _check_budget(options: QuantizationOptions) -> None:
     if options.calibration_tokens is not None and options.calibration_tokens < 1:
         raise RequestError(
             f"calibration_tokens is {options.calibration_tokens}; it must be positive"
+        )
+    if options.calibration_tokens is not None and options.chosen_method == "rtn":
+        raise RequestError(
+            "--calibration-tokens with --method rtn, which reads no text: drop it, or ask for --method "
+            "imatrix, awq or gptq"
         )
 
 

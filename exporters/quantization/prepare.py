@@ -17,7 +17,12 @@ from gemma_deploy.exporters.quantization.automatic import candidates_of, choose_
 from gemma_deploy.exporters.quantization.awq import run_awq
 from gemma_deploy.exporters.quantization.gptq_run import run_gptq
 from gemma_deploy.exporters.quantization.importance import measure_importance
-from gemma_deploy.exporters.quantization.options import Method, QuantizationOptions, formats_of
+from gemma_deploy.exporters.quantization.options import (
+    DEFAULT_CALIBRATION_TOKENS,
+    Method,
+    QuantizationOptions,
+    formats_of,
+)
 from gemma_deploy.exporters.quantization.sensitivity import measure_sensitivities
 from gemma_deploy.exporters.quantization.work_folder import OnProgress, WorkFolder
 from gemma_deploy.exporters.weights import header_bytes, plan_weights
@@ -92,7 +97,7 @@ def possible_options(
         f"{options.scheme} weights are rounded to nearest (--method rtn), further from the original "
         f"than by --method {options.chosen_method}, which calibrates on text: {obstacle}"
     )
-    return dataclasses.replace(options, method="rtn")
+    return dataclasses.replace(options, method="rtn", calibration_tokens=None)
 
 
 def prepare(
@@ -133,32 +138,27 @@ def prepare(
     method = options.chosen_method
     if method == "rtn":
         return PreparedWeights(formats=formats, method=method, choices=choices)
-    num_tokens = options.chosen_calibration_tokens
+    num_tokens = options.calibration_tokens or DEFAULT_CALIBRATION_TOKENS[method]
     rows = token_rows(
         tokenizer,
         text,
-        row_tokens=min(ROW_TOKENS, checkpoint.config.max_position_embeddings),
+        row_tokens=min(ROW_TOKENS, num_tokens, checkpoint.config.max_position_embeddings),
         min_tokens=min(_MIN_TOKENS[method], num_tokens),
         max_tokens=num_tokens,
+        vocab_size=checkpoint.config.vocab_size,
     )
     work = WorkFolder(folder, _key(checkpoint, formats, method, rows))
-    if method == "imatrix":
-        return PreparedWeights(
-            formats=formats,
-            method=method,
-            importance=measure_importance(checkpoint, rows, formats, work, on_progress),
-            choices=choices,
-            work=work,
-        )
-    run = run_gptq if method == "gptq" else run_awq
+    weights = PreparedWeights(formats=formats, method=method, choices=choices, work=work)
     try:
+        if method == "imatrix":
+            importance = measure_importance(checkpoint, rows, formats, work, on_progress)
+            return dataclasses.replace(weights, importance=importance)
+        run = run_gptq if method == "gptq" else run_awq
         prepared = run(checkpoint, rows, formats, work, on_progress)
+        return dataclasses.replace(weights, prepared=prepared)
     except BaseException:
         work.close()  # a traceback may keep it alive
         raise
-    return PreparedWeights(
-        formats=formats, method=method, prepared=prepared, choices=choices, work=work
-    )
 
 
 def _key(
@@ -191,6 +191,7 @@ def _chosen(
         row_tokens=SENSITIVITY_TOKENS // 4,
         min_tokens=SENSITIVITY_TOKENS // 4,
         max_tokens=SENSITIVITY_TOKENS,
+        vocab_size=checkpoint.config.vocab_size,
     )
     sensitivities = measure_sensitivities(checkpoint, rows, candidates, on_progress)
     coarsest = {name: formats[0] for name, formats in candidates.items()}

@@ -57,6 +57,7 @@ def _searched(weight: Tensor, importance: Tensor, weight_format: WeightFormat) -
     extremes = signed_extremes(blocks)
     if weight_format.scheme == "int8":
         extremes = extremes.abs()
+    fit.scales = extremes / _EXTREME_CODES[weight_format.scheme][0]
     for code in _EXTREME_CODES[weight_format.scheme]:
         fit.round_with(extremes / code)
     for _ in range(_MOST_FITS):
@@ -73,7 +74,7 @@ class _Fit:
     """The best codes found so far for some blocks, as their least-squares scales.
 
     Attributes:
-        scales: float32 [N, K / block]; 0 for blocks of zeros, and of what does not count.
+        scales: float32 [N, K / block]; what they are set to at first where no codes are better.
 
     Args:
         blocks: float32 [N, K / block, block].

@@ -43,10 +43,10 @@ and free at run time. A table of the peaks and divisors is printed, and kept in 
 float16 bundle runs on a CPU does not show that nothing overflows on CUDA: ONNX Runtime's CPU
 multiplies matrices in float32.
 
-Quantized weights are compared with the original on a text that no calibration read, in float32: the mean KL
-divergence of the next-token distributions. Past 0.05 nats a warning says which options would be closer.
+Quantized weights are compared with the original in float32, on a text kept for this (with
+--calibration-text: on its end): the mean KL divergence of the next-token distributions. Past 0.05 nats a warning says which options would be closer.
 
-An interrupted calibration (--method awq or gptq) continues after its last layer when the same command
+An interrupted calibration (awq and gptq; imatrix after its first minute) continues when the same command
 runs again; until then its results are kept in BUNDLE.calibration.
 
 A hub id needs the extra hub (`pip install ".[hub]"` in the clone); HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
@@ -230,7 +230,9 @@ def _warn_of_distance(manifest: "Manifest", *, is_calibrated: bool) -> None:
         warn(distance_warning(manifest, found.mean_kl_nats, is_weights_only=True))
     elif manifest.formats:
         why = "--no-calibration was given"
-        if is_calibrated and manifest.tokenizer:
+        if is_calibrated and manifest.method != "bitsandbytes" and manifest.tokenizer:
+            why = "the calibration text is too short"
+        elif is_calibrated and manifest.tokenizer:
             why = f"the codes are {manifest.method}'s, and what they were made of is not at hand"
         elif is_calibrated:
             why = "there is no tokenizer to read a text with"

@@ -101,7 +101,7 @@ def quantization_options(function: Function) -> Function:
         click.option(
             "--auto",
             is_flag=True,
-            help="Choose bits and method for each matrix by how much the model minds, under "
+            help="Choose bits and block size for each matrix by how much the model minds, under "
             "--max-size or --max-kl.",
         ),
         click.option(

@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from gemma_deploy.checkpoint_names import EMBEDDING_WEIGHT, HEAD_WEIGHT
-from gemma_deploy.quantization.formats import WeightFormat
+from gemma_deploy.quantization.choices import CHOICES_FILE
+from gemma_deploy.quantization.formats import DEFAULT_BLOCK_SIZES, WeightFormat
 
 if TYPE_CHECKING:
     from gemma_deploy.manifest import Manifest
@@ -30,7 +31,6 @@ _NATS: Final = MappingProxyType(
 _INT4_RTN_WITH_8_BIT_TABLE_NATS: Final = 0.373
 # A checkpoint that another tool quantized is none of these, and takes no options.
 _METHODS: Final = ("rtn", "imatrix", "awq", "gptq")
-_DEFAULT_BLOCK_SIZES: Final = MappingProxyType({"int4": 32, "int8": 32, "nf4": 64, "fp8": None})
 _SHARES: Final = MappingProxyType(
     {
         1 / 100: "a hundredth",
@@ -86,12 +86,14 @@ def closer_options(manifest: "Manifest") -> Iterator[str]:
     schemes = {x.scheme for x in layers}
     method = manifest.method
     if method in _METHODS:
-        now = _nats(layers, method)
+        now = _nats(layers, method) if tables <= layers or "nf4" in schemes else None
         if "int4" in schemes and method != "gptq":
             yield _option("--method gptq", _NATS["int4", "gptq"], now)
         if "nf4" in schemes:
             yield _option("--int4 --method gptq", _NATS["int4", "gptq"], now)
-        if any(x.scheme in ("int4", "int8") and x.block_size != 32 for x in layers):
+        # --auto, whose choices are kept, takes no block size.
+        are_given = CHOICES_FILE not in manifest.files
+        if are_given and any(x.scheme in ("int4", "int8") and x.block_size != 32 for x in layers):
             yield "--block-size 32"
         if any(x.bits == 4 for x in tables):
             is_known = now == _NATS["int4", "rtn"]
@@ -118,7 +120,7 @@ def _nats(layers: set[WeightFormat], method: str | None) -> float | None:
     if len(layers) != 1:
         return None
     (weight_format,) = layers
-    if weight_format.block_size != _DEFAULT_BLOCK_SIZES.get(weight_format.scheme):
+    if weight_format.block_size != DEFAULT_BLOCK_SIZES.get(weight_format.scheme):
         return None
     return _NATS.get((weight_format.scheme, method or ""))
 

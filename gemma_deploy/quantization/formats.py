@@ -29,6 +29,9 @@ StoredDType = Literal["F32", "F16", "BF16", "U8", "I8", "F8_E4M3"]
 SCHEMES: Final[tuple[Scheme, ...]] = get_args(Scheme)
 BLOCK_SIZES: Final = (32, 64, 128, 256)
 PER_CHANNEL: Final = "channel"
+DEFAULT_BLOCK_SIZES: Final[Mapping[str, int | None]] = MappingProxyType(
+    {"int4": 32, "int8": 32, "nf4": 64, "fp8": None}
+)
 
 STORED_BYTES: Final[Mapping[StoredDType, int]] = MappingProxyType(
     {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1}

@@ -17,7 +17,9 @@ def tokenizer() -> GemmaTokenizer:
 
 def test_rows_are_the_text_in_order_each_behind_bos(tokenizer: GemmaTokenizer) -> None:
     text = "A row of words. " * 50
-    rows = token_rows(tokenizer, text, row_tokens=16, min_tokens=100, max_tokens=1000)
+    rows = token_rows(
+        tokenizer, text, row_tokens=16, min_tokens=100, max_tokens=1000, vocab_size=4096
+    )
     assert set(rows[:, 0].tolist()) == {tokenizer.bos_token_id}
     ids = tokenizer.encode(text, add_bos=False)
     body = rows[:, 1:].flatten().tolist()
@@ -26,13 +28,17 @@ def test_rows_are_the_text_in_order_each_behind_bos(tokenizer: GemmaTokenizer) -
 
 
 def test_no_more_is_read_than_asked_for(tokenizer: GemmaTokenizer) -> None:
-    rows = token_rows(tokenizer, None, row_tokens=64, min_tokens=1, max_tokens=1000)
+    rows = token_rows(
+        tokenizer, None, row_tokens=64, min_tokens=1, max_tokens=1000, vocab_size=4096
+    )
     assert rows.shape == (15, 64)
     assert rows.dtype == torch.int64
 
 
 def test_a_short_text_is_a_short_row(tokenizer: GemmaTokenizer) -> None:
-    rows = token_rows(tokenizer, "Hello.", row_tokens=64, min_tokens=1, max_tokens=1000)
+    rows = token_rows(
+        tokenizer, "Hello.", row_tokens=64, min_tokens=1, max_tokens=1000, vocab_size=4096
+    )
     assert rows[0].tolist() == tokenizer.encode("Hello.", add_bos=True)
 
 
@@ -40,7 +46,9 @@ def test_a_text_that_is_too_short_says_what_is_needed(tokenizer: GemmaTokenizer)
     count = len(tokenizer.encode("Hello.", add_bos=False))
     message = rf"the calibration text has {count} tokens of this model; at least 500 are needed"
     with pytest.raises(RequestError, match=message):
-        token_rows(tokenizer, "Hello.", row_tokens=64, min_tokens=500, max_tokens=1000)
+        token_rows(
+            tokenizer, "Hello.", row_tokens=64, min_tokens=500, max_tokens=1000, vocab_size=4096
+        )
 
 
 def test_the_built_in_text_is_varied() -> None:
