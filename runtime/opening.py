@@ -56,7 +56,9 @@ def _beside(source: ModelSource, **session_options: Any) -> tuple[Session, Gemma
             _ = reading[0].result() if reading else GemmaTokenizer.from_pretrained(source.folder)
             raise
         try:
-            return session, reading[0].result()
+            tokenizer = reading[0].result()
+            source.check_unchanged()  # the tokenizer may have been read last
+            return session, tokenizer
         except BaseException:
             session.close()
             raise

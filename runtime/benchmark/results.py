@@ -225,10 +225,11 @@ class BenchReport:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Return the report that `to_dict` gave, JSON in between allowed.
+        """Return the report that `to_dict` gave, JSON in between allowed; other keys are passed over.
 
         Raises:
             ValueError: A part is missing, or not what it was.
         """
-        report: Self = typed(cls, raw, "the report")
+        names = {field.name for field in dataclasses.fields(cls)}
+        report: Self = typed(cls, {key: raw[key] for key in names & raw.keys()}, "the report")
         return report

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import shutil
@@ -87,7 +88,10 @@ class TestBundle:
             batch_size=2, max_seq_len=64, prefill_tokens=512
         )
 
-        assert made == expected
+        assert dataclasses.replace(made, cpu=expected.cpu) == expected
+        # Its tokenizer.json takes less to read than the checkpoint's.
+        assert made.cpu.weights_bytes == expected.cpu.weights_bytes
+        assert made.cpu.loading_bytes == pytest.approx(expected.cpu.loading_bytes, rel=0.02)
 
     def test_weights_that_are_not_safetensors(self, bundle: Path, tmp_path: Path) -> None:
         broken = shutil.copytree(bundle, tmp_path / "broken")

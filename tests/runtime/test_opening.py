@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
-from gemma_deploy.errors import GemmaDeployError, RequestError, SessionError, TokenizerError
+from gemma_deploy.errors import BundleError, GemmaDeployError, RequestError, TokenizerError
 from gemma_deploy.runtime.opening import open_model
 from gemma_deploy.runtime.sessions.onnxruntime_session import OnnxRuntimeSession
 from gemma_deploy.runtime.source import ModelSource
@@ -61,7 +61,7 @@ def test_the_tokenizer_is_read_while_the_graph_is_loaded(
     ("damages", "options", "error"),
     [
         ([TOKENIZER], {}, TokenizerError),
-        ([GRAPH], {}, SessionError),
+        ([GRAPH], {}, BundleError),
         ([TOKENIZER, GRAPH], {}, TokenizerError),
         ([TOKENIZER], {"threads": 100_000}, TokenizerError),
         ([], {"threads": 100_000}, RequestError),

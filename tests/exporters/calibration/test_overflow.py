@@ -182,7 +182,7 @@ def test_report_survives_json(measured: Callable[[str], OverflowReport]) -> None
     report = measured("gemma2")
     text = json.dumps(report.to_dict(), allow_nan=False)
     assert OverflowReport.from_dict(json.loads(text)) == report
-    with pytest.raises(ValueError, match="expected measured or bounded"):
+    with pytest.raises(ValueError, match="expected one of measured, bounded"):
         OverflowReport.from_dict(json.loads(text) | {"source": "guessed"})
 
 
