@@ -58,10 +58,10 @@ def _beside(source: ModelSource, **session_options: Any) -> tuple[Session, Gemma
         try:
             tokenizer = reading[0].result()
             source.check_unchanged()  # the tokenizer may have been read last
-            return session, tokenizer
         except BaseException:
             session.close()
             raise
+        return session, tokenizer
 
 
 def _read_later(folder: Path) -> GemmaTokenizer:

@@ -51,6 +51,16 @@ def test_a_text_that_is_too_short_says_what_is_needed(tokenizer: GemmaTokenizer)
         )
 
 
+def test_tokens_without_an_embedding_are_refused(tokenizer: GemmaTokenizer) -> None:
+    last = max(tokenizer.encode("Hello.", add_bos=False))
+    with pytest.raises(
+        RequestError, match=f"has token {last}, and the model has embeddings of {last}:"
+    ):
+        token_rows(
+            tokenizer, "Hello.", row_tokens=64, min_tokens=1, max_tokens=1000, vocab_size=last
+        )
+
+
 def test_the_built_in_text_is_varied() -> None:
     paragraphs = default_text().split("\n\n")
     assert len(set(paragraphs)) == len(paragraphs) > 50

@@ -1,15 +1,22 @@
 """Formats, calibration and what an export does with them, on the small trained model."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import ExportError, GemmaDeployWarning, RequestError
+from gemma_deploy.errors import (
+    CheckpointError,
+    ExportError,
+    GemmaDeployWarning,
+    RequestError,
+)
 from gemma_deploy.exporters.export import export_checkpoint
-from gemma_deploy.exporters.quantization.options import Method, QuantizationOptions
+from gemma_deploy.exporters.quantization.options import METHODS, Method, QuantizationOptions
 from gemma_deploy.exporters.quantization.prepare import PreparedWeights, possible_options, prepare
 from gemma_deploy.graph_spec import Precision
 from gemma_deploy.quantization.formats import Scheme
@@ -132,6 +139,28 @@ def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
+def test_an_interrupted_quick_run_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if (stage, done) == ("reading the text", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(
+            TINY_GEMMA,
+            tmp_path / "bundle",
+            quantization=QuantizationOptions(),
+            on_progress=interrupt,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_of_a_method_that_reads_none() -> None:
+    with pytest.raises(
+        RequestError, match="--calibration-tokens with --method rtn, which reads no"
+    ):
+        QuantizationOptions(scheme="int8", calibration_tokens=4096)
+
+
 def test_auto_chooses_block_sizes_itself() -> None:
     with pytest.raises(RequestError, match="--auto chooses block sizes itself: drop --block-size"):
         QuantizationOptions(is_automatic=True, max_kl_nats=1, block_size=64)
@@ -166,3 +195,17 @@ def test_an_export_continues_and_cleans_up(tmp_path: Path, monkeypatch: pytest.M
     assert [x.name for x in tmp_path.iterdir()] == ["bundle"]
     assert bundle.manifest.method == "gptq"
     assert len(bundle.manifest.formats) == 7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_beyond_all_bounds_ends_the_export(tmp_path: Path, method: Method) -> None:
+    folder = shutil.copytree(TINY_GEMMA, tmp_path / "checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e25
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    options = QuantizationOptions(
+        method=method, calibration_tokens=None if method == "rtn" else 2048
+    )
+    with pytest.raises((CheckpointError, ExportError), match=r"too large|damaged"):
+        export_checkpoint(folder, tmp_path / "out", graphs=["onnxruntime"], quantization=options)
+    assert not (tmp_path / "out").exists()

@@ -49,6 +49,15 @@ def test_what_counts_more_comes_closer() -> None:
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("weight_format", [INT4, WeightFormat("int8", 32)])
+def test_blocks_that_count_for_nothing_are_kept(weight_format: WeightFormat) -> None:
+    weight, importance = weights(0), torch.ones(64)
+    importance[:32] = 0.0
+    scales = search_scales(weight, importance, weight_format)
+    found = dequantize(quantize(weight, weight_format, scales.half()), weight_format)
+    assert float((found - weight)[:, :32].norm() / weight[:, :32].norm()) < 0.15
+
+
 @pytest.mark.parametrize("weight_format", [INT4, WeightFormat("int8", 32), WeightFormat("int8")])
 def test_blocks_of_zeros_have_a_scale_that_is_not_zero(weight_format: WeightFormat) -> None:
     scales = search_scales(torch.zeros(2, 64), torch.ones(64), weight_format)

@@ -17,6 +17,7 @@ def manifest(method: str | None, cache: str = "float32", **formats: str) -> Any:
         method=method,
         formats={names[key]: WeightFormat.parse(text) for key, text in formats.items()},
         precision=SimpleNamespace(cache=cache),
+        files={},
     )
 
 
@@ -36,12 +37,9 @@ AUTO = "--auto --max-kl 0.05"
             ],
         ),
         (
+            # Shares are those of tables that are rounded like the layers.
             manifest("rtn", table="int8/32", layer="int4/32"),
-            [
-                "--method gptq (leaves about a quarter of it)",
-                "--int8 (leaves about a hundredth of it)",
-                AUTO,
-            ],
+            ["--method gptq", "--int8", AUTO],
         ),
         (
             manifest("imatrix", table="int4/32", layer="int4/32"),
@@ -81,6 +79,13 @@ AUTO = "--auto --max-kl 0.05"
 )
 def test_what_is_still_to_gain(found: Any, options: list[str]) -> None:
     assert list(closer_options(found)) == options
+
+
+def test_what_auto_chose_is_not_to_be_given_blocks() -> None:
+    found = manifest("gptq", layer="int4/128")
+    found.files = {"sensitivities.json": None}
+
+    assert list(closer_options(found)) == ["--int8", AUTO]
 
 
 def test_nothing_is_said_up_to_the_limit() -> None:
