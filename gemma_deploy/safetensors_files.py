@@ -13,13 +13,12 @@ from typing import Any, Final
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.json_files import open_regular, parse_json, read_json
 from gemma_deploy.json_values import typed
-from gemma_deploy.limits import MAX_METADATA_BYTES
+from gemma_deploy.limits import MAX_DIM, MAX_DIMS, MAX_METADATA_BYTES
 from gemma_deploy.quoting import shortened
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
-_MAX_DIMS: Final = 8
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD: Final = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
 
@@ -155,8 +154,9 @@ class _Entry:
     data_offsets: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.shape) > _MAX_DIMS or any(size < 0 for size in self.shape):
-            raise ValueError(f"shape {shortened(self.shape)}, expected up to {_MAX_DIMS} sizes")
+        is_possible = all(0 <= size <= MAX_DIM for size in self.shape)
+        if len(self.shape) > MAX_DIMS or not is_possible:
+            raise ValueError(f"shape {shortened(self.shape)}, expected up to {MAX_DIMS} sizes")
         if len(self.data_offsets) != 2:
             raise ValueError(f"data_offsets {shortened(self.data_offsets)}, expected two offsets")
 
