@@ -97,11 +97,11 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_header(file: Path) -> dict[str, Any]:
-    """Return the header's entries by tensor name, with offsets counted from the file's start.
+def stored_header(file: Path) -> tuple[bytes, int]:
+    """Return the JSON at the start of a safetensors file, as it is stored, and the file's size in bytes.
 
     Raises:
-        CheckpointError: If the header cannot be read, or the file is shorter than it says.
+        CheckpointError: It cannot be read, or is longer than the file or than any header.
     """
     try:
         with open_regular(file) as stream:
@@ -112,11 +112,20 @@ def read_header(file: Path) -> dict[str, Any]:
                     f"{file} ({file_bytes} bytes) is not a safetensors file or is cut off in its "
                     f"header (said to be {header_bytes} bytes): download it again"
                 )
-            raw = stream.read(header_bytes)
+            return stream.read(header_bytes), file_bytes
     except OSError as err:
         raise CheckpointError(
             f"{file} cannot be read: {err.strerror or err}. Download it again"
         ) from err
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Return the header's entries by tensor name, with offsets counted from the file's start.
+
+    Raises:
+        CheckpointError: If the header cannot be read, or the file is shorter than it says.
+    """
+    raw, file_bytes = stored_header(file)
     header = parse_json(
         raw, f"the safetensors header of {file}", error=CheckpointError, remedy="download it again"
     )
@@ -128,7 +137,7 @@ def read_header(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} has an unreadable safetensors header: {err}. Download it again"
         ) from err
-    start = 8 + header_bytes
+    start = 8 + len(raw)
     for name, entry in entries.items():
         begin, end = entry.data_offsets
         header[name] = {

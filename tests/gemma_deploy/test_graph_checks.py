@@ -1,3 +1,4 @@
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,10 @@ def test_graphs_of_more_bytes_than_a_model_has(tmp_path: Path) -> None:
         check(tmp_path, change=many("node", MAX_GRAPH_BYTES // 2))
 
 
+def add_output(value: onnx.ValueInfoProto, model: onnx.ModelProto) -> None:
+    model.graph.output.append(value)
+
+
 def test_numbers_without_an_end(tmp_path: Path) -> None:
     """Neither the number of sizes nor the sizes may take long to be multiplied."""
     expand = helper.make_node("Expand", ["x", "target"], ["y"])
@@ -147,7 +152,7 @@ def test_numbers_without_an_end(tmp_path: Path) -> None:
     for dims in ([1 << 62] * 235, [-1, -1], [1] * 9):
         value = helper.make_tensor_value_info("v", TensorProto.INT64, dims)
         with pytest.raises(BundleError, match=r"the value 'v' of shape .* is larger than any w"):
-            check(tmp_path, change=lambda model, v=value: model.graph.output.append(v))
+            check(tmp_path, change=functools.partial(add_output, value))
 
 
 def test_graphs_in_other_nodes(tmp_path: Path) -> None:
