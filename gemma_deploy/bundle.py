@@ -12,7 +12,7 @@ from gemma_deploy.file_identity import Snapshot
 from gemma_deploy.file_records import changed_files, wrong_file
 from gemma_deploy.graph_spec import Lowering, Phase
 from gemma_deploy.json_files import read_json
-from gemma_deploy.limits import MAX_METADATA_BYTES
+from gemma_deploy.limits import MAX_CONFIG_BYTES, MAX_METADATA_BYTES
 from gemma_deploy.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from gemma_deploy.overflow_report import OVERFLOW_FILE, OverflowReport
 from gemma_deploy.quantization.choices import CHOICES_FILE, Choice, parse_choices
@@ -110,7 +110,7 @@ class Bundle:
         """
         if self.manifest.generation is None:
             return {}
-        return _json_object(self.folder / self.manifest.generation)
+        return _json_object(self.folder / self.manifest.generation, MAX_CONFIG_BYTES)
 
     def overflow_report(self) -> OverflowReport | None:
         """Return what the export found of float16's range; None where nothing computes in float16.
@@ -148,10 +148,10 @@ class Bundle:
         return changed_files(self.folder, self.manifest.files, on_bytes)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_object(path: Path, max_bytes: int = MAX_METADATA_BYTES) -> dict[str, Any]:
     return read_json(
         path,
-        max_bytes=MAX_METADATA_BYTES,
+        max_bytes=max_bytes,
         error=BundleError,
         remedy="copy the bundle again or export it again",
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -11,7 +10,9 @@ from typing import Any, Final, Self
 from gemma_deploy.config import CONFIG_FILE
 from gemma_deploy.file_records import sha256_of
 from gemma_deploy.hub import is_hub_id
-from gemma_deploy.safetensors_files import weight_files
+from gemma_deploy.json_values import typed
+from gemma_deploy.quoting import shortened
+from gemma_deploy.safetensors_files import stored_header, weight_files
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -48,7 +49,9 @@ class CheckpointSource:
         if (self.hub_id, self.commit) == (None, None):
             return
         if not isinstance(self.hub_id, str) or not is_hub_id(self.hub_id):
-            raise ValueError(f"source.hub_id is {self.hub_id!r}, expected organization/name")
+            raise ValueError(
+                f"source.hub_id is {shortened(self.hub_id)}, expected organization/name"
+            )
         _require("commit", self.commit, _COMMIT, "40 hexadecimal digits")
 
     @classmethod
@@ -59,12 +62,12 @@ class CheckpointSource:
             folder: A checkpoint that can be opened (see `Checkpoint.open`).
 
         Raises:
-            CheckpointError: Its weights files cannot be told.
+            CheckpointError: Its weights files cannot be told, or the header of one cannot be read.
             OSError: A file cannot be read.
         """
         digest = hashlib.sha256()
         for path in weight_files(folder):
-            digest.update(_header(path))
+            digest.update(stored_header(path)[0])
         hub_id, commit = _place_in_cache(folder.resolve())
         return cls(
             config_sha256=sha256_of(folder / CONFIG_FILE),
@@ -74,14 +77,14 @@ class CheckpointSource:
         )
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any] | None) -> Self | None:
+    def from_dict(cls, raw: object) -> Self | None:
         """Read what `to_dict` gave; None for None.
 
         Raises:
-            TypeError: A field is missing, or should not be there.
-            ValueError: A field that is none.
+            ValueError: It is anything else.
         """
-        return None if raw is None else cls(**raw)
+        source: Self | None = typed(cls | None, raw, "source")
+        return source
 
     def to_dict(self) -> dict[str, Any]:
         """Return the source as JSON holds it."""
@@ -95,12 +98,6 @@ class CheckpointSource:
         )
 
 
-def _header(file: Path) -> bytes:
-    """Return the JSON at the start of a safetensors file, as it is stored."""
-    with file.open("rb") as stream:
-        return stream.read(int.from_bytes(stream.read(8), "little"))
-
-
 def _place_in_cache(folder: Path) -> tuple[str, str] | tuple[None, None]:
     """Return hub id and commit of a snapshot, `models--ORGANIZATION--NAME/snapshots/COMMIT`."""
     repository = _REPOSITORY_FOLDER.fullmatch(folder.parent.parent.name)
@@ -112,4 +109,4 @@ def _place_in_cache(folder: Path) -> tuple[str, str] | tuple[None, None]:
 
 def _require(name: str, value: object, pattern: re.Pattern[str], expected: str) -> None:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError(f"source.{name} is {value!r}, expected {expected}")
+        raise ValueError(f"source.{name} is {shortened(value)}, expected {expected}")

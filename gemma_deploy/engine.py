@@ -30,7 +30,7 @@ from gemma_deploy.graph_spec import (
 from gemma_deploy.install_hint import install_line
 from gemma_deploy.json_files import read_json
 from gemma_deploy.json_values import typed, whole
-from gemma_deploy.limits import MAX_METADATA_BYTES, MAX_POSITIONS
+from gemma_deploy.limits import MAX_CONFIG_BYTES, MAX_METADATA_BYTES, MAX_POSITIONS
 from gemma_deploy.tensorrt.library import Flavour
 
 ENGINE_FILE = "engine.json"
@@ -177,7 +177,7 @@ class EngineFolder:
         """
         if self.manifest.generation is None:
             return {}
-        return _read(self.folder / self.manifest.generation)
+        return _read(self.folder / self.manifest.generation, MAX_CONFIG_BYTES)
 
     def changed_files(self, on_bytes: Callable[[int], object] = lambda _: None) -> list[str]:
         """Hash every file and return the paths whose SHA-256 is not the manifest's.
@@ -230,12 +230,12 @@ def engines_of_flavour(bundle: Bundle, flavour: Flavour) -> list[EngineFolder]:
     return engines
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, max_bytes: int = MAX_METADATA_BYTES) -> dict[str, Any]:
     if not path.exists():
         raise EngineError(f"{path.parent} is not an engine: it has no {path.name}")
     return read_json(
         path,
-        max_bytes=MAX_METADATA_BYTES,
+        max_bytes=max_bytes,
         error=EngineError,
         remedy="copy the engine again, or build it again",
     )

@@ -1,6 +1,7 @@
 """Whether files are still those that they were: `Snapshot` by their paths, `HeldFile` by an open one."""
 
 import os
+import stat
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,8 +10,33 @@ from typing import Self
 
 from gemma_deploy.errors import GemmaDeployError, SessionError
 
-State = tuple[int, ...] | None
-"""Of a folder device and inode; of a file its size and time of change, too; None for neither."""
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the system says of a file or folder.
+
+    Attributes:
+        content: Its device; of a file its size and time of change, too.
+        inode: Its inode.
+        ctime_ns: When its inode was last changed, in ns.
+    """
+
+    content: tuple[int, ...]
+    inode: int
+    ctime_ns: int
+
+    def is_same(self, later: "State | None") -> bool:
+        """Tell whether a later look found the same file.
+
+        One of inode and ctime may be another: some network file systems (s3fs, rclone, SMB) hand out
+        new inodes for the same file, and a new name or other rights change its ctime. Of a file that
+        was put in its place both are.
+        """
+        return (
+            later is not None
+            and self.content == later.content
+            and (self.inode == later.inode or self.ctime_ns == later.ctime_ns)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +47,10 @@ class Snapshot:
     change, is not told apart.
 
     Attributes:
-        states: What was found at each path.
+        states: What was found at each path; None for nothing.
     """
 
-    states: Mapping[Path, State] = field(default_factory=dict)
+    states: Mapping[Path, State | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, files: Iterable[str]) -> Self:
@@ -44,7 +70,8 @@ class Snapshot:
             doing: What was going on meanwhile, for the message: `the bundle was being loaded`.
         """
         for path, state in self.states.items():
-            if _state(path) != state:
+            found = _state(path)
+            if found is not state and not (state and state.is_same(found)):
                 raise error(
                     f"{path} was replaced or changed while {doing}, so that parts of two could have "
                     "been mixed: do it again, now that it is there"
@@ -96,15 +123,14 @@ class HeldFile:
         self._close()
 
     def _now(self) -> tuple[int, int]:
-        stat = os.fstat(self._handle)
-        return stat.st_size, stat.st_mtime_ns
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns
 
 
-def _state(path: Path) -> State:
+def _state(path: Path) -> State | None:
     try:
-        stat = path.stat()
+        found = path.stat()
     except (OSError, ValueError):
         return None
-    if path.is_dir():
-        return stat.st_dev, stat.st_ino
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    of_file = () if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
+    return State((found.st_dev, *of_file), found.st_ino, found.st_ctime_ns)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from gemma_deploy.json_files import open_regular
 from gemma_deploy.safe_paths import safe_path
 
 _HASH_BLOCK_BYTES: Final = 8 << 20
@@ -26,9 +27,13 @@ def record_file(path: Path) -> FileRecord:
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda _: None) -> str:
-    """Return the SHA-256 of a file as hex; `on_bytes` hears of progress in bytes."""
+    """Return the SHA-256 of a regular file as hex; `on_bytes` hears of progress in bytes.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
             on_bytes(len(block))

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
+
 from gemma_deploy.errors import BundleError
-from gemma_deploy.graph_tensors import check_tensor, foreign, messages
+from gemma_deploy.graph_tensors import check_tensor, foreign, is_possible
 from gemma_deploy.json_files import read_bytes
-from gemma_deploy.limits import MAX_GRAPH_BYTES
+from gemma_deploy.limits import MAX_DIMS, MAX_GRAPH_BYTES, MAX_GRAPH_PARTS
 from gemma_deploy.quoting import shortened
 
 _STANDARD: Final = (
@@ -42,6 +44,8 @@ _MOST_PER_WEIGHT: Final = 4
 _FUNCTION: Final = ("gemma_deploy", "GemmaAttention", "")
 # FLOAT, INT, STRING, TENSOR, FLOATS, INTS, STRINGS
 _PLAIN_ATTRIBUTES: Final = frozenset({1, 2, 3, 4, 6, 7, 8})
+# Texts of several lines, which nothing prints; what external data says is checked with its tensor.
+_UNPRINTED: Final = frozenset({"doc_string", "value"})
 _PASSES_ON: Final = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
 
@@ -77,13 +81,45 @@ def check_graph(folder: Path, graph: Path, weights: str) -> None:
         raise BundleError(f"{graph} cannot be read as an ONNX model: {err}") from err
     if graph.suffix != ".onnx":  # ONNX Runtime chooses another reader by the ending
         raise foreign(graph, "its name does not end in .onnx")
-    for tensor in messages(model, "TensorProto"):
+    for tensor in _tensors(graph, model):
         check_tensor(folder, graph, weights, tensor)
     _check_model(graph, model)
     _check_nodes(graph, model.graph, is_top=True)
     for function in model.functions:
         _check_nodes(graph, function, is_top=False)
     _check_shapes(graph, model)
+
+
+def _tensors(graph: Path, model: Any) -> list[Any]:
+    """Return every TensorProto, of subgraphs, attributes and functions, too.
+
+    On the way all parts are counted before they are looked at, and strings that command a terminal
+    are refused: ONNX Runtime prints names as they are.
+    """
+    tensors, left, num_parts = [], [model], 1
+    while left:
+        message = left.pop()
+        kind = message.DESCRIPTOR.name
+        if kind == "TensorProto":
+            tensors.append(message)
+        if kind == "SparseTensorProto":
+            raise foreign(graph, "it has sparse tensors")
+        for field, value in message.ListFields():
+            is_text = field.type == field.TYPE_STRING and field.name not in _UNPRINTED
+            if not is_text and field.message_type is None:
+                continue
+            is_one = isinstance(value, str | bytes) or hasattr(value, "ListFields")
+            parts = [value] if is_one else value
+            num_parts += len(parts)
+            if num_parts > MAX_GRAPH_PARTS:
+                raise foreign(graph, f"it has more than {MAX_GRAPH_PARTS:,} parts")
+            if not is_text:
+                left.extend(parts)
+                continue
+            for text in parts:
+                if isinstance(text, bytes) or not text.isprintable():  # bytes: it is not UTF-8
+                    raise foreign(graph, f"it has the name {shortened(text)}")
+    return tensors
 
 
 def _check_model(graph: Path, model: Any) -> None:
@@ -94,19 +130,14 @@ def _check_model(graph: Path, model: Any) -> None:
     for function in model.functions:
         if (function.domain, function.name, function.overload) != _FUNCTION:
             raise foreign(graph, f"it has the function {shortened(function.name)}")
-    if (
-        len(model.functions) > 1
-        or model.training_info
-        or any(True for _ in messages(model, "SparseTensorProto"))
-    ):
-        raise foreign(graph, "it has several functions, sparse tensors or a training graph")
+    if len(model.functions) > 1 or model.training_info:
+        raise foreign(graph, "it has several functions or a training graph")
 
 
 def _check_nodes(graph: Path, scope: Any, *, is_top: bool) -> None:
     """Check the nodes of the graph, of one branch of an If, or of a function."""
     import onnx
 
-    _check_names(graph, scope)
     for node in scope.node:
         if node.op_type not in OPERATORS.get(node.domain, ()):
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
@@ -121,17 +152,6 @@ def _check_nodes(graph: Path, scope: Any, *, is_top: bool) -> None:
                     graph, f"{_named(node)} has the attribute {shortened(attribute.name)}"
                 )
     _check_sizes(graph, scope)
-
-
-def _check_names(graph: Path, scope: Any) -> None:
-    """Refuse names that command a terminal: ONNX Runtime itself prints them as they are."""
-    named = ("initializer", "input", "output", "value_info")
-    names = [getattr(x, "name", x) for field in named for x in getattr(scope, field, ())]
-    for node in scope.node:
-        names += [node.name, *node.input, *node.output]
-    for name in names:
-        if isinstance(name, bytes) or not name.isprintable():  # bytes where it is not UTF-8
-            raise foreign(graph, f"it has the name {shortened(name)}")
 
 
 def _check_sizes(graph: Path, scope: Any) -> None:
@@ -172,10 +192,12 @@ def _check_shapes(graph: Path, model: Any) -> None:
     most = max(math.prod(x.dims) for x in [*inferred.initializer, onnx.TensorProto(dims=[1])])
     for value in (*inferred.value_info, *inferred.output):
         dims = [x.dim_value for x in value.type.tensor_type.shape.dim if x.dim_value]
-        if not 0 <= math.prod(dims) <= max(_MOST_EXPANDED, _MOST_PER_WEIGHT * most):
+        limit = max(_MOST_EXPANDED, _MOST_PER_WEIGHT * most)
+        if not is_possible(dims) or math.prod(dims) > limit:
             raise foreign(
                 graph,
-                f"the value {shortened(value.name)} of shape {dims[:8]} is larger than any weight",
+                f"the value {shortened(value.name)} of shape {shortened(dims[: MAX_DIMS + 1])} is "
+                "larger than any weight",
             )
 
 
@@ -186,13 +208,10 @@ def _is_a_shape(inputs: Sequence[str], made: Mapping[str, Any], stated: Mapping[
     name = inputs[-1]
     node = made.get(name)
     parts = node.input if node is not None and node.op_type == "Concat" else [name]
-    product = 1
-    for part in parts:
-        if part in stated:
-            product *= math.prod(_integers(stated[part]) or [_MOST_EXPANDED + 1])
-        if not _is_a_size(part, made, stated):
-            return False
-    return product <= _MOST_EXPANDED
+    if len(parts) > _MOST_JOINED or not all(_is_a_size(x, made, stated) for x in parts):
+        return False
+    numbers = [x for part in parts if part in stated for x in _integers(stated[part])]
+    return math.prod(numbers) <= _MOST_EXPANDED
 
 
 def _is_a_size(name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
@@ -211,16 +230,19 @@ def _is_a_size(name: str, made: Mapping[str, Any], stated: Mapping[str, Any]) ->
 
 
 def _integers(constant: Any) -> list[int]:
-    """Return the int64 numbers of an initializer or of a Constant's attribute; none of any other."""
+    """Return the few int64 numbers of an initializer or a Constant's attribute; none of any other."""
     import onnx
 
     if isinstance(constant, onnx.AttributeProto):
         if constant.type == onnx.AttributeProto.INT and not constant.ref_attr_name:
             return [constant.i]
         if constant.type == onnx.AttributeProto.INTS:
-            return list(constant.ints)
+            return list(constant.ints) if len(constant.ints) <= _MOST_JOINED else []
         constant = constant.t
     is_int64 = constant.data_type == onnx.TensorProto.INT64
-    if not is_int64 or constant.external_data or math.prod(constant.dims) > _MOST_JOINED:
+    if not is_int64 or constant.external_data:
         return []
-    return [int(x) for x in onnx.numpy_helper.to_array(constant).reshape(-1)]
+    raw = constant.raw_data
+    numbers = np.frombuffer(raw, "<i8") if raw else constant.int64_data
+    is_whole = len(numbers) == math.prod(constant.dims) <= _MOST_JOINED
+    return [int(x) for x in numbers] if is_whole else []

@@ -1,13 +1,14 @@
 """Where the data of an ONNX graph's tensors lies, and whether it is all there: `check_tensor`."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from gemma_deploy.errors import BundleError
 from gemma_deploy.file_records import file_size_bytes
+from gemma_deploy.limits import MAX_DIM, MAX_DIMS
 from gemma_deploy.quoting import shortened
 from gemma_deploy.safe_paths import safe_path
 
@@ -23,24 +24,27 @@ def check_tensor(folder: Path, graph: Path, weights: str, tensor: Any) -> None:
 
     Raises:
         UnsafePathError: An external-data location that leaves the folder.
-        BundleError: Any other place, fewer bytes than dtype and shape need, or a dtype that no graph
-            of gemma-deploy's has.
+        BundleError: Any other place, other bytes than dtype and shape need, or a dtype or shape
+            that no graph of gemma-deploy's has.
     """
     name = f"{graph.name}: tensor {shortened(tensor.name)}"
     bits = _BITS.get(tensor.data_type)
-    if bits is None or min(tensor.dims, default=0) < 0:
+    if bits is None or not is_possible(tensor.dims):
         raise foreign(
             graph,
             f"tensor {shortened(tensor.name)} is of dtype {tensor.data_type} and shape "
-            f"{list(tensor.dims)[:8]}",
+            f"{shortened(list(tensor.dims[: MAX_DIMS + 1]))}",
         )
     need_bytes = -(-math.prod(tensor.dims) * bits // 8)
     if not tensor.external_data and not tensor.data_location:
         fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data)
-        if need_bytes > (len(tensor.raw_data) or 8 * sum(map(len, fields))):
+        raw_bytes = len(tensor.raw_data)
+        most_bytes = raw_bytes or 8 * sum(map(len, fields))  # packed: less, by the dtype
+        if need_bytes > most_bytes or (raw_bytes and need_bytes != raw_bytes):
             raise BundleError(
-                f"{name} of shape {list(tensor.dims)[:8]} needs {need_bytes:,} bytes and holds "
-                "fewer: the bundle is damaged; export it again"
+                f"{name} of shape {list(tensor.dims)} needs {need_bytes:,} bytes and holds "
+                f"{'fewer' if need_bytes > most_bytes else 'more'}: the bundle is damaged; export it "
+                "again"
             )
         return
     entry = {item.key: item.value for item in tensor.external_data}
@@ -63,7 +67,7 @@ def check_tensor(folder: Path, graph: Path, weights: str, tensor: Any) -> None:
         )
     if "length" in entry and int(entry["length"]) != need_bytes:
         raise BundleError(
-            f"{name} of shape {list(tensor.dims)[:8]} has {int(entry['length']):,} bytes; expected "
+            f"{name} of shape {list(tensor.dims)} has {int(entry['length']):,} bytes; expected "
             f"{need_bytes:,}: the bundle is damaged; export it again"
         )
     # Some names mean something else to ONNX Runtime: one is that of the process's own memory.
@@ -95,12 +99,6 @@ def foreign(graph: Path, what: str) -> BundleError:
     )
 
 
-def messages(message: Any, kind: str) -> Iterator[Any]:
-    """Yield every message of a kind: of graphs, subgraphs, attributes and functions."""
-    if message.DESCRIPTOR.name == kind:
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for child in [value] if hasattr(value, "ListFields") else value:
-                yield from messages(child, kind)
+def is_possible(dims: Sequence[int]) -> bool:
+    """Tell whether a tensor can be of these sizes, so that multiplying them is quick."""
+    return len(dims) <= MAX_DIMS and all(0 <= size <= MAX_DIM for size in dims)

@@ -76,7 +76,7 @@ def parse_json(
     them where a number counts.
 
     Args:
-        raw: The text; bytes are UTF-8, with or without a byte order mark.
+        raw: The text, with or without a byte order mark; bytes are UTF-8.
         place: What an error calls it.
         error: What is raised.
         remedy: What to do about it, as the end of a sentence.
@@ -85,7 +85,7 @@ def parse_json(
         GemmaDeployError: `error`: it is anything else.
     """
     try:
-        text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
+        text = (raw if isinstance(raw, str) else raw.decode()).removeprefix("\ufeff")
         value = json.loads(text, object_pairs_hook=_unambiguous, parse_int=_int)
         _check_depth(value)
         if _ESCAPED_SURROGATE.search(text):
@@ -99,11 +99,14 @@ def parse_json(
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; a name that it gives two values is one that readers take differently."""
+    """Return an object; readers take a name that it gives two values differently.
+
+    Values are compared as JSON spells them: to Python, 1 is also 1.0 and true.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         for name, item in pairs:
-            if item is not value[name] and item != value[name]:
+            if item is not value[name] and json.dumps(item) != json.dumps(value[name]):
                 raise ValueError(f"{shortened(name)} is there twice, with different values")
     return value
 

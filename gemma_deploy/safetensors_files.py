@@ -13,13 +13,12 @@ from typing import Any, Final
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.json_files import open_regular, parse_json, read_json
 from gemma_deploy.json_values import typed
-from gemma_deploy.limits import MAX_METADATA_BYTES
+from gemma_deploy.limits import MAX_DIM, MAX_DIMS, MAX_METADATA_BYTES
 from gemma_deploy.quoting import shortened
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
-_MAX_DIMS: Final = 8
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD: Final = re.compile(r"model-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
 
@@ -98,11 +97,11 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_header(file: Path) -> dict[str, Any]:
-    """Return the header's entries by tensor name, with offsets counted from the file's start.
+def stored_header(file: Path) -> tuple[bytes, int]:
+    """Return the JSON at the start of a safetensors file, as it is stored, and the file's size in bytes.
 
     Raises:
-        CheckpointError: If the header cannot be read, or the file is shorter than it says.
+        CheckpointError: It cannot be read, or is longer than the file or than any header.
     """
     try:
         with open_regular(file) as stream:
@@ -113,11 +112,20 @@ def read_header(file: Path) -> dict[str, Any]:
                     f"{file} ({file_bytes} bytes) is not a safetensors file or is cut off in its "
                     f"header (said to be {header_bytes} bytes): download it again"
                 )
-            raw = stream.read(header_bytes)
+            return stream.read(header_bytes), file_bytes
     except OSError as err:
         raise CheckpointError(
             f"{file} cannot be read: {err.strerror or err}. Download it again"
         ) from err
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Return the header's entries by tensor name, with offsets counted from the file's start.
+
+    Raises:
+        CheckpointError: If the header cannot be read, or the file is shorter than it says.
+    """
+    raw, file_bytes = stored_header(file)
     header = parse_json(
         raw, f"the safetensors header of {file}", error=CheckpointError, remedy="download it again"
     )
@@ -129,7 +137,7 @@ def read_header(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} has an unreadable safetensors header: {err}. Download it again"
         ) from err
-    start = 8 + header_bytes
+    start = 8 + len(raw)
     for name, entry in entries.items():
         begin, end = entry.data_offsets
         header[name] = {
@@ -155,8 +163,9 @@ class _Entry:
     data_offsets: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.shape) > _MAX_DIMS or any(size < 0 for size in self.shape):
-            raise ValueError(f"shape {shortened(self.shape)}, expected up to {_MAX_DIMS} sizes")
+        is_possible = all(0 <= size <= MAX_DIM for size in self.shape)
+        if len(self.shape) > MAX_DIMS or not is_possible:
+            raise ValueError(f"shape {shortened(self.shape)}, expected up to {MAX_DIMS} sizes")
         if len(self.data_offsets) != 2:
             raise ValueError(f"data_offsets {shortened(self.data_offsets)}, expected two offsets")
 

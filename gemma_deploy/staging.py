@@ -55,7 +55,8 @@ def staged_folder(output: Path, *, force: bool, replaceable: str) -> Iterator[Pa
     """
     output = output.absolute()
     try:
-        # What Ctrl-C keeps the inner one from removing, the outer one removes.
+        # Both stacks remove the partial folder: if Ctrl-C interrupts `undo` while it removes, `again`
+        # removes what is left.
         with contextlib.ExitStack() as again, contextlib.ExitStack() as undo:
             _make_parents(output.parent, undo)
             _clean_up_after_the_dead(output)
@@ -222,7 +223,8 @@ def _clean_up_after_the_dead(output: Path) -> None:
             if folder.suffix == _RETIRED and not os.path.lexists(output):
                 folder.rename(output)
             elif folder.suffix == _RETIRED:
-                # Half of it must never be put back.
+                # An interrupted removal leaves a part of it. Without this ending, no later call takes
+                # that part for a whole folder that is to be put back.
                 _remove(folder.rename(folder.with_suffix("")))
             else:
                 _remove(folder)
@@ -236,10 +238,15 @@ def _remove(folder: Path) -> None:
 def _flush(folder: Path) -> None:
     """Force every file, and the folder's entries, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk.
+
+    Raises:
+        OSError: It cannot be opened or written.
+    """
     flags = os.O_RDONLY
     if sys.platform == "win32":
         if path.is_dir():
@@ -264,7 +271,7 @@ def _publish(staging: Path, output: Path) -> None:
             elif not exchange_folders(staging, output):
                 output.rename(retired)
                 staging.rename(output)
-            _sync(output.parent)
+            sync(output.parent)
             if retired.exists():
                 retired.rename(staging)
         except BaseException:

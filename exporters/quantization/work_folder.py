@@ -16,7 +16,7 @@ from torch import Tensor
 from gemma_deploy.errors import ExportError, warn
 from gemma_deploy.json_files import read_json
 from gemma_deploy.limits import MAX_CONFIG_BYTES
-from gemma_deploy.staging import Lock, locked
+from gemma_deploy.staging import Lock, locked, sync
 
 OnProgress = Callable[[str, int, int], object]
 """(what is being done, done, total)."""
@@ -92,8 +92,7 @@ class WorkFolder:
         partial = path.with_suffix(".partial")
         with self._writing():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(partial)
             return partial.replace(path)
 
     def remove(self) -> None:

@@ -129,8 +129,10 @@ def working(what: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(f"{visible_cell(what)} ..."):
+    # Text, of which rich reads no markup: a folder may be called [red].
+    with Console(stderr=True).status(Text(f"{visible_cell(what)} ...")):
         yield
 
 
@@ -148,7 +150,8 @@ def progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), TaskProgressColumn())
     with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 

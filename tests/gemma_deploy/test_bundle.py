@@ -21,6 +21,7 @@ from gemma_deploy.errors import (
 from gemma_deploy.file_records import record_file
 from gemma_deploy.graph_spec import Precision
 from gemma_deploy.install_hint import install_line
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 from gemma_deploy.manifest import Manifest
 from gemma_deploy.residual_scaling import ResidualScaling
 from gemma_deploy.safe_paths import safe_path
@@ -219,6 +220,13 @@ def test_a_generation_config_that_is_no_object(folder: Path) -> None:
     (folder / "generation_config.json").write_bytes(b"[" + b" " * 24 + b"]")
     with pytest.raises(BundleError, match=r"generation_config.json holds a list, expected a JSON"):
         Bundle.open(folder).generation_config()
+
+
+def test_a_generation_config_that_is_too_large(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    (folder / "generation_config.json").write_bytes(b" " * MAX_CONFIG_BYTES + b"{}")
+    with pytest.raises(BundleError, match=r"generation_config.json is larger than 1,048,576 bytes"):
+        bundle.generation_config()
 
 
 def test_a_folder_without_manifest(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma_deploy.checkpoint_source import CheckpointSource
+from gemma_deploy.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HASHES = {"config_sha256": "a" * 64, "headers_sha256": "b" * 64}
@@ -106,7 +107,27 @@ def test_refuses_what_no_field_can_be(field: str, value: Any) -> None:
         CheckpointSource.from_dict(raw)
 
 
-@pytest.mark.parametrize("raw", [{}, {**HASHES, "path": "/home/me"}, [1], "google/gemma-2b"])
-def test_refuses_another_form(raw: Any) -> None:
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({}, "source lacks config_sha256"),
+        (
+            {**HASHES, "path": "/home/me"},
+            "source holds 'path', expected config_sha256, headers_sha2",
+        ),
+        ([1], r"source is \[1\], expected a JSON object"),
+        ("google/gemma-2b", "source is 'google/gemma-2b', expected a JSON object"),
+        ({**HASHES, "config_sha256": "a" * 10_000}, r"config_sha256 is 'a+… \(10,002 characters\)"),
+    ],
+)
+def test_refuses_another_form(raw: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         CheckpointSource.from_dict(raw)
+
+
+def test_headers_without_an_end(snapshot: Callable[[str], Path]) -> None:
+    folder = snapshot("one")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write((1 << 62).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match="cut off in its header"):
+        CheckpointSource.of(folder)

@@ -13,6 +13,7 @@ from gemma_deploy.engine import ENGINE_FILE, EngineFolder, EngineManifest, Plan
 from gemma_deploy.engine_build import EngineBuild, EngineLimits, build_command, engine_spec
 from gemma_deploy.errors import BundleVersionError, EngineError, UnsafePathError
 from gemma_deploy.file_records import FileRecord, record_file
+from gemma_deploy.limits import MAX_CONFIG_BYTES
 
 LIMITS = EngineLimits(
     max_batch_size=2, max_seq_len=100, max_step_tokens=30, max_logits=3, num_candidates=7
@@ -98,6 +99,13 @@ def test_what_is_written_is_read(folder: Path) -> None:
 def test_an_engine_without_generation_settings(folder: Path) -> None:
     _change(folder, "generation", value=None)
     assert EngineFolder.open(folder).generation_config() == {}
+
+
+def test_generation_settings_that_are_too_large(folder: Path) -> None:
+    engine = EngineFolder.open(folder)
+    (folder / "generation_config.json").write_bytes(b" " * MAX_CONFIG_BYTES + b"{}")
+    with pytest.raises(EngineError, match=r"generation_config.json is larger than 1,048,576 bytes"):
+        engine.generation_config()
 
 
 def test_changed_contents_are_found(folder: Path) -> None:

@@ -1,3 +1,4 @@
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from gemma_deploy.errors import BundleError
 from gemma_deploy.graph_checks import check_graph
+from gemma_deploy.limits import MAX_GRAPH_BYTES, MAX_GRAPH_PARTS
 
 LONG_TENSOR = (1 << 20) + 1
 
@@ -91,6 +93,68 @@ def test_names_that_command_a_terminal(tmp_path: Path, name: str) -> None:
         check(tmp_path, node, change=lambda model: model.graph.initializer.append(tensor))
 
 
+def test_every_name_is_looked_at(tmp_path: Path) -> None:
+    name = "\x1b[2J"
+    value = helper.make_tensor_value_info("v", TensorProto.INT64, [name])
+    changes: list[Callable[[onnx.ModelProto], object]] = [
+        lambda model: setattr(model.graph, "name", name),
+        lambda model: setattr(model, "producer_name", name),
+        lambda model: model.graph.node[0].attribute.add(name=name, type=2),
+        lambda model: model.graph.node[0].attribute.add(name="a", ref_attr_name=name, type=2),
+        lambda model: model.graph.value_info.append(value),
+        lambda model: model.graph.input.append(value),
+    ]
+    for change in changes:
+        with pytest.raises(BundleError, match=re.escape(f"it has the name {name!r}")):
+            check(tmp_path, helper.make_node("Add", ["x", "x"], ["y"]), change=change)
+
+
+def many(field: str, count: int = MAX_GRAPH_PARTS) -> Callable[[onnx.ModelProto], object]:
+    """Return what fills a field of the graph with the least that it can hold."""
+
+    def fill(model: onnx.ModelProto) -> None:
+        number = model.graph.DESCRIPTOR.fields_by_name[field].number
+        model.graph.MergeFromString(bytes([number << 3 | 2, 0]) * count)
+
+    return fill
+
+
+@pytest.mark.parametrize("field", ["node", "value_info", "initializer", "input"])
+def test_graphs_of_more_parts_than_a_model_has(tmp_path: Path, field: str) -> None:
+    with pytest.raises(BundleError, match=r"prefill.onnx: it has more than 262,144 parts"):
+        check(tmp_path, change=many(field))
+
+
+def test_nodes_of_more_parts_than_a_model_has(tmp_path: Path) -> None:
+    wide = helper.make_node("Add", [""] * MAX_GRAPH_PARTS, ["y"])
+    deep = helper.make_node("Add", ["x", "x"], ["y"])
+    deep.MergeFromString(b"\x2a\0" * MAX_GRAPH_PARTS)
+    for node in (wide, deep, an_if(wide)):
+        with pytest.raises(BundleError, match="more than 262,144 parts"):
+            check(tmp_path, node)
+
+
+def test_graphs_of_more_bytes_than_a_model_has(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"prefill.onnx is larger than 8,388,608 bytes"):
+        check(tmp_path, change=many("node", MAX_GRAPH_BYTES // 2))
+
+
+def add_output(value: onnx.ValueInfoProto, model: onnx.ModelProto) -> None:
+    model.graph.output.append(value)
+
+
+def test_numbers_without_an_end(tmp_path: Path) -> None:
+    """Neither the number of sizes nor the sizes may take long to be multiplied."""
+    expand = helper.make_node("Expand", ["x", "target"], ["y"])
+    for numbers in ([(1 << 62) - 1] * 300_000, [1] * 9):
+        with pytest.raises(BundleError, match="node 'y', Expand, goes beyond any size of a model"):
+            check(tmp_path, constant("target", *numbers), expand)
+    for dims in ([1 << 62] * 235, [-1, -1], [1] * 9):
+        value = helper.make_tensor_value_info("v", TensorProto.INT64, dims)
+        with pytest.raises(BundleError, match=r"the value 'v' of shape .* is larger than any w"):
+            check(tmp_path, change=functools.partial(add_output, value))
+
+
 def test_graphs_in_other_nodes(tmp_path: Path) -> None:
     node = helper.make_node("Add", ["x", "x"], ["y"], body=branch())
     with pytest.raises(BundleError, match="node 'y' has the attribute 'body'"):
@@ -131,9 +195,9 @@ def test_functions(tmp_path: Path, functions: list[onnx.FunctionProto], message:
 
 
 def test_what_no_export_has(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="sparse tensors or a training graph"):
+    with pytest.raises(BundleError, match="it has several functions or a training graph"):
         check(tmp_path, change=lambda model: model.training_info.add())
-    with pytest.raises(BundleError, match="sparse tensors or a training graph"):
+    with pytest.raises(BundleError, match="it has sparse tensors"):
         check(tmp_path, change=lambda model: model.graph.sparse_initializer.add())
     with pytest.raises(BundleError, match=r"it imports the operators of 'ai.onnx.training'"):
         check(tmp_path, change=lambda model: model.opset_import.add(domain="ai.onnx.training"))

@@ -155,7 +155,18 @@ def test_external_data_in_a_missing_file(folder: Path) -> None:
         check(folder, external(location="gone", length="8"))
 
 
-@pytest.mark.parametrize(("dtype", "dims"), [(1, (-1,)), (8, (1,)), (999, (1,))])
+@pytest.mark.parametrize(
+    ("dtype", "dims"),
+    [
+        (1, (-1,)),
+        (8, (1,)),
+        (999, (1,)),
+        (1, (0, (1 << 40) + 1)),
+        (1, (1,) * 9),
+        (1, (1 << 62,) * 235),
+        (1, (1 << 62,) * 200_000),
+    ],
+)
 def test_tensors_of_no_size(folder: Path, dtype: int, dims: tuple[int, ...]) -> None:
     with pytest.raises(BundleError, match=f"'w' is of dtype {dtype} and shape .*: gemma-deploy"):
         check(folder, external(dims=dims, dtype=dtype, location=WEIGHTS))
@@ -182,3 +193,6 @@ def test_tensors_inside_the_graph(folder: Path) -> None:
     empty = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[10**9])
     with pytest.raises(BundleError, match=r"shape \[1000000000\] needs 4,000,000,000 bytes and ho"):
         check(folder, empty)
+    larger = onnx.TensorProto(name="w", data_type=7, dims=[1], raw_data=bytes(16))
+    with pytest.raises(BundleError, match=r"shape \[1\] needs 8 bytes and holds more"):
+        check(folder, larger)

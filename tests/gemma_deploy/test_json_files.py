@@ -3,6 +3,7 @@
 import os
 import threading
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -36,6 +37,13 @@ def nested(depth: int) -> str:
         ('{"a": ' + "1" * 1001 + "}", "a number has 1,001 digits"),
         ('{"a": ' + "1" * 100_000 + "}", "a number has 100,000 digits"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is there twice, with different values"),
+        ('{"a": 1, "a": true}', "'a' is there twice"),
+        ('{"a": 0, "a": false}', "'a' is there twice"),
+        ('{"a": 1, "a": 1.0}', "'a' is there twice"),
+        ('{"a": 0.0, "a": -0.0}', "'a' is there twice"),
+        ('{"a": [{"b": 1}], "a": [{"b": true}]}', "'a' is there twice"),
+        ("\ufeff\ufeff{}", "Expecting value|BOM"),
+        (b"\xef\xbb\xbf" * 2 + b"{}", "Expecting value|BOM"),
     ],
 )
 def test_what_is_no_json_object(raw: bytes | str, message: str) -> None:
@@ -47,6 +55,8 @@ def test_what_is_no_json_object(raw: bytes | str, message: str) -> None:
     ("raw", "value"),
     [
         (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        ('\ufeff{"a": 1}', {"a": 1}),
+        ('{"a": NaN, "a": NaN, "b": 1}', {"a": ANY, "b": 1}),
         ('{"a": "\\ud83d\\ude00 \\\\ud800"}', {"a": "😀 \\ud800"}),
         ('{"a": [1, 2], "a": [1, 2]}', {"a": [1, 2]}),
         ('{"a": ' + "1" * 400 + "}", {"a": int("1" * 400)}),

@@ -1,6 +1,8 @@
 import contextlib
+import fcntl
 import gc
 import json
+import os
 import re
 import shutil
 import signal
@@ -54,6 +56,22 @@ def test_a_run_of_the_same_key_is_taken_up(path: Path) -> None:
     found = WorkFolder(path, GPTQ).find("layer-0")
     assert found is not None
     assert load_file(found)["x"].tolist() == [1, 1]
+
+
+def test_windows_flushes_a_file_that_it_may_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int] = []
+    with WorkFolder(path, GPTQ) as work:
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.setattr(
+            os,
+            "fsync",
+            lambda handle: modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE),
+        )
+        work.save("layer-0", {"x": torch.zeros(2)})
+        monkeypatch.undo()
+    assert modes == [os.O_RDWR]
 
 
 def test_what_another_key_left_is_removed(path: Path) -> None:

@@ -165,6 +165,19 @@ class TestProgress:
 
         assert capsys.readouterr().out == ""
 
+    @pytest.mark.parametrize("name", ["m[/b]", "[red]m[/red]", "[link=file:///x]m", ":smile:"])
+    def test_names_are_no_markup(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        pretend_terminal(monkeypatch)
+
+        with console.working(f"loading {name}"):
+            pass
+        assert f"loading {name} ..." in capsys.readouterr().err
+        with console.progress() as show:
+            show(name, 1, 2)
+        assert name in capsys.readouterr().err
+
 
 def interrupted_task() -> None:
     with console.progress() as show:
