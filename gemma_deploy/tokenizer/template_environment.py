@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _MAX_TIME_FORMAT: Final = 100
 _MAX_DEPTH: Final = 150
+_MAX_BLOCKS: Final = 20  # as many loops within each other as Python compiles
+_MAX_NODES: Final = 20_000
 
 
 def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
@@ -27,7 +29,7 @@ def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
 
     sandbox = _sandbox()
     tree = sandbox.parse(source)
-    _check_depth(tree)
+    _check(tree)
     with metered(source):  # constants are computed here
         optimize(tree, sandbox)
         _change_strings(tree, change)
@@ -71,14 +73,32 @@ def _sandbox() -> "MeteredSandbox":
     return sandbox
 
 
-def _check_depth(tree: "Node") -> None:
-    """Refuse what is nested too deeply: the time to compile it grows with the square of that."""
-    level = [tree]
-    for _ in range(_MAX_DEPTH):
-        level = [child for node in level for child in node.iter_child_nodes()]
-        if not level:
-            return
-    _raise_exception(f"it is nested deeper than {_MAX_DEPTH} expressions and blocks")
+def _check(tree: "Node") -> None:
+    """Refuse what is too large: the time to compile it grows with its nodes times their depth."""
+    from jinja2 import nodes
+
+    from gemma_deploy.tokenizer.template_meter import MAX_INT_BITS
+
+    level = [(tree, 0)]
+    count = depth = 0
+    while level:
+        count += len(level)
+        depth += 1
+        for node, blocks in level:
+            if isinstance(node, nodes.Const) and isinstance(node.value, int):
+                if node.value.bit_length() > MAX_INT_BITS:
+                    _raise_exception(f"it holds a number of more than {MAX_INT_BITS} bits")
+            if blocks > _MAX_BLOCKS:
+                _raise_exception(f"it holds more than {_MAX_BLOCKS} blocks within each other")
+        if depth > _MAX_DEPTH:
+            _raise_exception(f"it is nested deeper than {_MAX_DEPTH} expressions and blocks")
+        if count > _MAX_NODES:
+            _raise_exception(f"it holds more than {_MAX_NODES:,} expressions and statements")
+        level = [
+            (child, blocks + ("body" in child.fields))
+            for node, blocks in level
+            for child in node.iter_child_nodes()
+        ]
 
 
 def _change_strings(tree: "Node", change: Callable[[str], str]) -> None:
