@@ -89,6 +89,8 @@ class Meter:
         Raises:
             TokenizerError: That is more than is left, or it is nested too deeply.
         """
+        if isinstance(value, str | int):
+            return STEP + length(value)
         units = 0
         stack = [(value, 0)]
         while stack:

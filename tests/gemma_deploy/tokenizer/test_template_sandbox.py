@@ -197,6 +197,9 @@ def test_a_template_of_any_length() -> None:
         ("{% for i in range(9) if i is odd %}{{ i }}{% endfor %}", "1357"),
         ("{{ 'b' in ['a', 'b'] and (1, 2) == (1, 2) and 1 < 2 < 3 }}", "True"),
         ("{{ messages[0].content[:1] }}{{ undefined_thing }}", "h"),
+        ("{{ 7 // 2 }}{{ 7 - 9 }}{{ 1 / 4 }}{{ -(2 ** 63) }}", "3-20.25-9223372036854775808"),
+        ("{{ ' a ' | trim }}{{ 'xay'.strip('xy') }}{{ 'a,b'.rsplit(',', 1) }}", "aa['a', 'b']"),
+        ("{{ {'a': 1}['a'] }}{{ dict(messages[0], content='b').content }}", "1b"),
     ],
 )
 def test_others_are_as_in_jinja(source: str, text: str) -> None:
