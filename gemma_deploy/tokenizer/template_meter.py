@@ -35,9 +35,7 @@ _OF_THE_OUTSIDE: Final = frozenset({"length", "count", "first", "last", "random"
 _OF_MAPPINGS: Final = frozenset({"get", "items", "keys", "values", "attr"})
 # What comes out can be as long as the product of what goes in.
 _CHUNKS: Final = frozenset({"batch", "slice"})
-_PADDING: Final = frozenset(
-    {"center", "ljust", "rjust", "zfill", "expandtabs", "indent"}
-)
+_PADDING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent"})
 _SHALLOW: Final = _BY_ITEM | _OF_THE_OUTSIDE | _OF_MAPPINGS | _CHUNKS
 # They may compare all of a text that they are given at each character; searches from the left do not.
 _SEARCHES: Final = frozenset(

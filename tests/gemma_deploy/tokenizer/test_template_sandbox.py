@@ -10,7 +10,9 @@ from gemma_deploy.tokenizer.backend import minimal_backend
 from gemma_deploy.tokenizer.settings import TokenizerSettings
 
 _DOUBLED = "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
-_FRAYED = "{% set a = 'a' * 200000 %}{% set b = 'ab' + 'a' * 100000 %}{% set c = 'b' * 100000 + 'a' %}"
+_FRAYED = (
+    "{% set a = 'a' * 200000 %}{% set b = 'ab' + 'a' * 100000 %}{% set c = 'b' * 100000 + 'a' %}"
+)
 _LONG = "{% set a = 'a' * 1000000 %}{% set b = 'b' * 1000000 %}"
 
 
