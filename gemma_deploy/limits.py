@@ -44,7 +44,7 @@ MAX_RECORD_BYTES: Final = 64 * _MIB
 MAX_KERNELS_BYTES: Final = 256 * _MIB
 """The compiled attention kernels of an engine, unpacked: a few MB."""
 
-MAX_TEMPLATE_CHARACTERS: Final = 256 * 1024
+MAX_TEMPLATE_CHARACTERS: Final = 64 * 1024
 """A chat template's source: Gemma 3's has 1,500 characters, the longest in use some 20,000."""
 
 MAX_JSON_DEPTH: Final = 64

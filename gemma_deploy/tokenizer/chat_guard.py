@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from array import array
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final, TypeAlias
 
@@ -96,23 +97,23 @@ def _outside_of_frame(
     anything between. All tokens are returned where it is not.
     """
     everywhere = control_tokens.found(text)
-    covered: set[int] = set()
+    covered = bytearray(len(text))
     position = 0
-    *parts, last = re.split(rf"\s*{filler}[{filler}\s]*", neutral)
-    for number, part in enumerate(parts):
+    *parts, last = re.split(rf"{filler}[{filler}\s]*", neutral)
+    for number, part in enumerate(map(str.rstrip, parts)):
         start = text.find(part, position)
         if start < 0 or (number == 0 and start > 0):
             return everywhere
         position = start + len(part)
-        covered.update(range(start, position))
+        covered[start:position] = b"\1" * len(part)
     start = len(text) - len(last)
     if start < position or not text.endswith(last):
         return everywhere
-    covered.update(range(start, len(text)))
+    covered[start:] = b"\1" * len(last)
     return [
         normalized(text[start:end])
         for start, end in control_tokens.spans(text)
-        if not covered.issuperset(range(start, end))
+        if not all(covered[start:end])
     ]
 
 
@@ -141,9 +142,11 @@ def _rendering_or_none(render: _Render, conversation: Conversation) -> Rendering
 
 def _cuts(rendering: Rendering, control_tokens: ControlTokens) -> Iterator[int]:
     """Yield where to cut a text so that encoding finds no control tokens but its own ones."""
-    own_end = {at: end for start, end in rendering.own for at in range(start, end)}
+    own_end = array("Q", bytes(8 * len(rendering.text)))  # by position; 0 elsewhere
+    for start, end in rendering.own:
+        own_end[start:end] = array("Q", [end]) * (end - start)
     for start, end in control_tokens.spans(rendering.text):
-        if start not in own_end:
+        if not own_end[start]:
             yield start + 1
         elif end > own_end[start]:
             yield own_end[start]

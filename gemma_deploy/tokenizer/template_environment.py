@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _MAX_TIME_FORMAT: Final = 100
 _MAX_DEPTH: Final = 150
+_MAX_BLOCKS: Final = 20  # as many loops within each other as Python compiles
+_MAX_NODES: Final = 50_000  # each counted in all blocks that hold it, as Jinja walks them
 
 
 def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
@@ -27,7 +29,7 @@ def compiled(source: str, change: Callable[[str], str] = str) -> "Template":
 
     sandbox = _sandbox()
     tree = sandbox.parse(source)
-    _check_depth(tree)
+    _check(tree)
     with metered(source):  # constants are computed here
         optimize(tree, sandbox)
         _change_strings(tree, change)
@@ -71,14 +73,31 @@ def _sandbox() -> "MeteredSandbox":
     return sandbox
 
 
-def _check_depth(tree: "Node") -> None:
-    """Refuse what is nested too deeply: the time to compile it grows with the square of that."""
-    level = [tree]
-    for _ in range(_MAX_DEPTH):
-        level = [child for node in level for child in node.iter_child_nodes()]
-        if not level:
-            return
-    _raise_exception(f"it is nested deeper than {_MAX_DEPTH} expressions and blocks")
+def _check(tree: "Node") -> None:
+    """Refuse what takes long to compile, and numbers that take long to compute with."""
+    from jinja2 import nodes
+
+    from gemma_deploy.tokenizer.template_meter import MAX_INT_BITS
+
+    level = [(tree, 0)]
+    count = depth = 0
+    while level:
+        level = [
+            (child, blocks + ("body" in child.fields))
+            for node, blocks in level
+            for child in node.iter_child_nodes()
+        ]
+        depth += 1
+        count += sum(1 + blocks for _, blocks in level)
+        if depth > _MAX_DEPTH:
+            _raise_exception(f"it is nested deeper than {_MAX_DEPTH} expressions and blocks")
+        if any(blocks > _MAX_BLOCKS for _, blocks in level):
+            _raise_exception(f"it has more than {_MAX_BLOCKS} blocks within each other")
+        if count > _MAX_NODES:
+            _raise_exception(f"it has more than {_MAX_NODES:,} expressions, counted in each block")
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, int) and constant.value.bit_length() > MAX_INT_BITS:
+            _raise_exception(f"it has a number of more than {MAX_INT_BITS} bits")
 
 
 def _change_strings(tree: "Node", change: Callable[[str], str]) -> None:

@@ -1,8 +1,9 @@
 """What a chat template may spend: `Meter` counts steps and characters, before they are spent.
 
 A unit stands for a character that is copied, or some 10 ns. What a step costs is told beforehand: the
-operations that can make much of little (`'a' * 10**10`, `center`, `%10000000d`, `replace`) are priced by
-their operands, all others by the size of what they work on.
+operations that can make much of little (`'a' * 10**10`, `center`, `%10000000d`, `replace`), or search
+again at each character (`rfind`), are priced by their operands, all others by the size of what they work
+on. Whole numbers have 64 bits: all that is done with them is cheap, and few have one hash.
 """
 
 import re
@@ -19,7 +20,8 @@ STEP: Final = 8
 _BASE: Final = 16_000_000
 _PER_UNIT: Final = 250  # of the conversation
 _MAX_DEPTH: Final = 100
-_MAX_INT_BITS: Final = 1 << 16
+MAX_INT_BITS: Final = 64
+"""Those of a whole number in a template."""
 
 _CONTAINERS: Final = (list, tuple, dict, set, frozenset, range, KeysView, ValuesView, ItemsView)
 _PADDED: Final = re.compile(r"%[^a-zA-Z%]*")
@@ -33,10 +35,12 @@ _OF_THE_OUTSIDE: Final = frozenset({"length", "count", "first", "last", "random"
 _OF_MAPPINGS: Final = frozenset({"get", "items", "keys", "values", "attr"})
 # What comes out can be as long as the product of what goes in.
 _CHUNKS: Final = frozenset({"batch", "slice"})
-_PADDING: Final = frozenset(
-    {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap"}
-)
+_PADDING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent"})
 _SHALLOW: Final = _BY_ITEM | _OF_THE_OUTSIDE | _OF_MAPPINGS | _CHUNKS
+# They may compare all of a text that they are given at each character; searches from the left do not.
+_SEARCHES: Final = frozenset(
+    {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip", "trim"}
+)
 _BY_PRODUCT: Final = _CHUNKS | _PADDING | {"join", "translate"}
 
 
@@ -83,6 +87,8 @@ class Meter:
         Raises:
             TokenizerError: That is more than is left, or it is nested too deeply.
         """
+        if isinstance(value, str | int):
+            return STEP + length(value)
         units = 0
         stack = [(value, 0)]
         while stack:
@@ -112,15 +118,18 @@ class Meter:
         """
         first, arguments = values[0], values[1:]
         size = STEP + length(first) if name in _SHALLOW else self.size(first)
-        texts = sum(len(x) for x in arguments if isinstance(x, str))
-        items = length(first) if isinstance(first, _CONTAINERS) else 1
-        self.charge((1 if isinstance(first, str) else 4) * size + items * texts)
+        if name in _SEARCHES:
+            times = size
+        elif name in _OF_MAPPINGS or not isinstance(first, _CONTAINERS):
+            times = 1
+        else:
+            times = 0 if name in _OF_THE_OUTSIDE else length(first)
+        walked = sum(len(x) if isinstance(x, str) else self.size(x) for x in arguments)
+        self.charge((1 if isinstance(first, str) else 4) * size + times * walked)
         if name == "replace":
             self._charge_replace(str(first), *arguments[:2])
         elif name == "tojson" and any(x is not None for x in arguments):
             self.charge(size * _product(map(self._extent, arguments)) * _MAX_DEPTH)
-        elif name == "striptags":  # it copies what is left for each tag
-            self.charge(size * str(first).count("<"))
         elif name == "format":
             self.charge_format(str(first), arguments)
         elif name == "sum" and any(isinstance(x, list | tuple) for x in arguments):
@@ -134,17 +143,15 @@ class Meter:
         """Charge for a binary operator before it is applied."""
         if operator == "%" and isinstance(left, str):
             self.charge_format(left, [right])
-        elif operator in {"*", "**"} and isinstance(left, int) and isinstance(right, int):
-            bits = (
-                left.bit_length() * abs(right)
-                if operator == "**"
-                else left.bit_length() + right.bit_length()
-            )
-            self.charge(STEP if bits <= _MAX_INT_BITS else self._left + 1)
-        elif operator == "*":
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            is_huge = left.bit_length() * right > 2 * MAX_INT_BITS
+            self.charge(self._left + 1 if is_huge else STEP)
+        elif operator == "*" and not (isinstance(left, int) and isinstance(right, int)):
             self.charge(_product(map(self._extent, (left, right))))
-        else:
+        elif operator == "+":
             self.charge(STEP + length(left) + length(right))
+        else:  # between views of mappings it hashes
+            self.charge(self.size(left) + self.size(right))
 
     def charge_format(self, text: str, arguments: list[Any]) -> None:
         """Charge for `text % arguments`: each can stand in many places, padded."""
@@ -164,7 +171,8 @@ class Meter:
         Raises:
             TokenizerError: As `charge`; or it is a number beyond all use.
         """
-        is_huge = isinstance(value, int) and value.bit_length() > _MAX_INT_BITS
+        numbers = (value.start, value.stop, value.step) if isinstance(value, range) else (value,)
+        is_huge = any(isinstance(x, int) and x.bit_length() > MAX_INT_BITS for x in numbers)
         self.charge(self._left + 1 if is_huge else STEP + length(value))
 
     def _charge_replace(self, text: str, old: Any, new: Any) -> None:

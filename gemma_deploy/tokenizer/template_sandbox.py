@@ -18,7 +18,7 @@ from types import BuiltinMethodType, MethodType
 from typing import Any, Final
 
 from jinja2 import Template, TemplateRuntimeError, nodes
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -26,11 +26,16 @@ from markupsafe import Markup
 
 from gemma_deploy.tokenizer.template_meter import STEP, current_meter, length, metered
 
-# For HTML and for prose to fill pages; their cost is not to be told beforehand.
-_WITHOUT_USE: Final = ("filesizeformat", "pprint", "urlize", "xmlattr")
+# For HTML and for prose to fill pages; their cost is not to be told beforehand, or grows with a square.
+_WITHOUT_USE: Final = frozenset(
+    {"filesizeformat", "pprint", "striptags", "unique", "urlize", "wordwrap", "xmlattr"}
+)
 _BUILT_IN: Final = (str, int, float, list, tuple, dict)
-# They give bytes, or have no use either.
-_WITHOUT_USE_METHODS: Final = ("encode", "to_bytes", "from_bytes", "striptags", "unescape")
+# They give bytes, numbers without bounds or HTML, or hash what they are given.
+_WITHOUT_USE_METHODS: Final = frozenset(
+    {"encode", "to_bytes", "from_bytes", "as_integer_ratio", "striptags", "unescape", "fromkeys"}
+    | {"isdisjoint"}
+)
 _COMPARING_TESTS: Final = frozenset({"lower", "upper"})
 
 
@@ -38,7 +43,7 @@ class MeteredSandbox(ImmutableSandboxedEnvironment):
     """See the module."""
 
     # Operators that are not to be computed when a template is compiled.
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%", "-", "/", "//"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -74,8 +79,9 @@ class MeteredSandbox(ImmutableSandboxedEnvironment):
             meter.charge_call(__obj.__name__, [owner, *args, *kwargs.values()])
         elif isinstance(owner, LoopContext):  # `changed` compares
             meter.charge(STEP + sum(map(meter.size, args)))
-        else:
-            meter.charge(8 * STEP + sum(map(length, args)))
+        else:  # macros look at what they are given when they use it; functions hash it or write it
+            size = length if isinstance(__obj, Macro | LoopContext) else meter.size
+            meter.charge(8 * STEP + sum(map(size, args)))
         result = meter.taken(super().call(__context, __obj, *args, **kwargs))
         meter.charge_result(result)
         return result
@@ -142,20 +148,25 @@ def instrumented(tree: nodes.Template) -> nodes.Template:
 
 
 class _Instrument(NodeTransformer):
+    def __init__(self) -> None:
+        self._units = 0  # of executing all nodes that were visited so far once, calls aside
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        self._units += STEP
+        if isinstance(node, nodes.Const | nodes.TemplateData):
+            self._units += length(node.value if isinstance(node, nodes.Const) else node.data)
+        return super().visit(node, *args, **kwargs)
+
     def _visit_body(self, node: Any) -> Any:
-        units = _cost(node)
+        before = self._units
         self.generic_visit(node)
-        node.body = [nodes.ExprStmt(_call("charged", [nodes.Const(units)])), *node.body]
+        charged = _call("charged", [nodes.Const(self._units - before)])
+        node.body = [nodes.ExprStmt(charged), *node.body]
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(charged, node.test)
         return node
 
-    visit_Macro = visit_CallBlock = visit_Block = _visit_body  # noqa: N815  as Jinja calls them
-
-    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
-        units = _cost(node)
-        self._visit_body(node)
-        if node.test is not None:
-            node.test = nodes.And(_call("charged", [nodes.Const(units)]), node.test)
-        return node
+    visit_For = visit_Macro = visit_CallBlock = visit_Block = _visit_body  # noqa: N815  as Jinja calls them
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -175,7 +186,15 @@ class _Instrument(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call("copied", [node]) if isinstance(node.arg, nodes.Slice) else node
+        if isinstance(node.arg, nodes.Slice):
+            return _call("copied", [node])
+        node.arg = _walked(node.arg)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.key = _walked(node.key)
+        return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -189,13 +208,6 @@ def _call(name: str, arguments: Iterable[nodes.Expr]) -> nodes.Call:
 
 def _walked(node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _call("walked", [node])
-
-
-def _cost(node: nodes.Node) -> int:
-    """Return the units of executing a node once, calls and inner loops aside."""
-    texts = [x.value for x in node.find_all(nodes.Const)]
-    texts += [x.data for x in node.find_all(nodes.TemplateData)]
-    return STEP * sum(1 for _ in node.find_all(nodes.Node)) + sum(map(length, texts))
 
 
 def metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,6 +241,10 @@ def _metered_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 class _MeteredFormatter(SandboxedFormatter):
+    def vformat(self, format_string: str, args: Any, kwargs: Any) -> str:
+        current_meter().charge(STEP * len(format_string))
+        return super().vformat(format_string, args, kwargs)
+
     def format_field(self, value: Any, format_spec: str) -> Any:
         meter = current_meter()
         meter.charge_widths(format_spec)

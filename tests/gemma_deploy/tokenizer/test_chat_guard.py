@@ -273,6 +273,14 @@ class TestTemplatesThatComposeTokens:
         with pytest.raises(TokenizerError, match=r"control tokens \(<eos>\), and .* Remove them"):
             tokenizer.encode_chat([user("<e*os>")])
 
+    def test_a_template_of_many_spaces(self, write_folder: Any, spec: dict[str, Any]) -> None:
+        """The time to find what it writes around messages must not grow with their square."""
+        template = self.ROLE.replace("m.content", "m.content | replace('*', '')")
+        folder = write_folder(spec, template="{{ ' ' * 500000 }}." + template)
+        tokenizer = GemmaTokenizer.from_pretrained(folder)
+        with pytest.raises(TokenizerError, match=r"control tokens \(<eos>\), and .* Remove them"):
+            tokenizer.encode_chat([user("<e*os>")])
+
 
 @pytest.mark.parametrize(
     "template",
