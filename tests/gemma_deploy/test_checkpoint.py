@@ -230,6 +230,8 @@ def test_refuses_a_truncated_file(folder: Path) -> None:
         b'{"x": 3}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
         b'{"x": {"dtype": "F32", "shape": "a", "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [0, 1, 1, 1, 1, 1, 1, 1, 1], "data_offsets": [0, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [0, 1099511627777], "data_offsets": [0, 0]}}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, Infinity]}}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
