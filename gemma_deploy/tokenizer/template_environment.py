@@ -92,7 +92,7 @@ def _check(tree: "Node") -> None:
         if depth > _MAX_DEPTH:
             _raise_exception(f"it is nested deeper than {_MAX_DEPTH} expressions and blocks")
         if any(blocks > _MAX_BLOCKS for _, blocks in level):
-            _raise_exception(f"it has more than {_MAX_BLOCKS} blocks within each other")
+            _raise_exception(f"it has more than {_MAX_BLOCKS} nested blocks")
         if count > _MAX_NODES:
             _raise_exception(f"it has more than {_MAX_NODES:,} expressions, counted in each block")
     for constant in tree.find_all(nodes.Const):

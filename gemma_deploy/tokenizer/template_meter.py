@@ -130,6 +130,8 @@ class Meter:
             self._charge_replace(str(first), *arguments[:2])
         elif name == "tojson" and any(x is not None for x in arguments):
             self.charge(size * _product(map(self._extent, arguments)) * _MAX_DEPTH)
+        elif name == "striptags":  # it copies what is left for each tag
+            self.charge(size * str(first).count("<"))
         elif name == "format":
             self.charge_format(str(first), arguments)
         elif name == "sum" and any(isinstance(x, list | tuple) for x in arguments):

@@ -28,7 +28,7 @@ from gemma_deploy.tokenizer.template_meter import STEP, current_meter, length, m
 
 # For HTML and for prose to fill pages; their cost is not to be told beforehand, or grows with a square.
 _WITHOUT_USE: Final = frozenset(
-    {"filesizeformat", "pprint", "striptags", "unique", "urlize", "wordwrap", "xmlattr"}
+    {"filesizeformat", "pprint", "unique", "urlize", "wordwrap", "xmlattr"}
 )
 _BUILT_IN: Final = (str, int, float, list, tuple, dict)
 # They give bytes, numbers without bounds or HTML, or hash what they are given.
