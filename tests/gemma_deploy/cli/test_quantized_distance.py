@@ -88,6 +88,17 @@ class TestExport:
         assert Bundle.open(tmp_path / "out").manifest.divergence is None
         assert "was not measured: there is no tokenizer to read a text with." in result.stderr
 
+    def test_a_text_that_is_too_short_to_measure_on(
+        self, bundle_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "short").write_text("Work")
+        options = ("--int8", "--calibration-text", str(tmp_path / "short"))
+
+        result = export(bundle_checkpoint, tmp_path / "out", *options)
+
+        assert result.exit_code == 0, result.output
+        assert "was not measured: the calibration text is too short." in result.stderr
+
     def test_of_a_text_that_is_too_short_nothing_is_written(
         self, invoke: Callable[..., Result], bundle_checkpoint: Path, tmp_path: Path
     ) -> None:
@@ -98,7 +109,7 @@ class TestExport:
 
         assert result.exit_code == 2
         assert "the calibration text has" in result.stderr
-        assert "at least 32 are needed: give a longer text" in result.stderr
+        assert "at least 64 are needed: give a longer text" in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["short"]
 
 
