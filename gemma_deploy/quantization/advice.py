@@ -21,9 +21,9 @@ COMPARISON_LIMIT_NATS: Final = 0.1
 # the layers and method, in default blocks.
 _NATS: Final = MappingProxyType(
     {
-        ("int4", "rtn"): 0.476,
-        ("int4", "imatrix"): 0.19,
-        ("int4", "gptq"): 0.110,
+        ("int4", "rtn"): 0.463,
+        ("int4", "imatrix"): 0.173,
+        ("int4", "gptq"): 0.111,
         ("nf4", "rtn"): 0.24,
         ("int8", "rtn"): 0.004,
     }

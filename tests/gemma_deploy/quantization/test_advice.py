@@ -44,7 +44,7 @@ AUTO = "--auto --max-kl 0.05"
         (
             manifest("imatrix", table="int4/32", layer="int4/32"),
             [
-                "--method gptq (leaves about three fifths of it)",
+                "--method gptq (leaves about two thirds of it)",
                 "--embedding-bits 8",
                 "--int8 (leaves about a fiftieth of it)",
                 AUTO,
