@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/gemma-deploy generate $(DEMO_BUNDLE) "The for statement is used to" --max-new-tokens 60 --repetition-penalty 1.2
 
 test: setup
-	@echo "About 4,300 tests, in $(TEST_PROCESSES) processes. With 2 they take 8 minutes on 2 idle cores of a server of 2023;"
+	@echo "About 5,100 tests, in $(TEST_PROCESSES) processes. With 2 they take 10 minutes on 2 idle cores of a server of 2023;"
 	@echo "an old, throttled or busy machine takes several times as long. Only a test that hangs is ended."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadscope
 
