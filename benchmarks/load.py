@@ -9,8 +9,8 @@ last line of stdout. Private memory is RssAnon once the first token is there.
 """
 
 import argparse
+import dataclasses
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +22,7 @@ from benchmarks.arguments import whole_number
 from benchmarks.markdown import table
 from benchmarks.rival_processes import run_turn
 from gemma_deploy.errors import GemmaDeployError
+from gemma_deploy.runtime.benchmark.results import Spread
 
 Figures = Mapping[str, float]
 FIGURES: Final = {
@@ -44,20 +45,21 @@ def measure(bundle: Path, cache: Path | None, threads: int) -> Figures:
     return run_turn([*command, repr(time.monotonic())], _CHILD).figures
 
 
-def summary(turns: Sequence[Figures]) -> dict[str, list[float]]:
-    """Return median, smallest and largest of each figure."""
-    columns = {name: [turn[name] for turn in turns] for name in FIGURES}
-    return {name: [statistics.median(x), min(x), max(x)] for name, x in columns.items()}
+def summary(turns: Sequence[Figures]) -> dict[str, Spread]:
+    """Return each figure over the rounds."""
+    return {name: Spread.of([turn[name] for turn in turns]) for name in FIGURES}
 
 
-def rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[list[str]]:
+def rows(found: Mapping[str, Mapping[str, Spread]]) -> list[list[str]]:
     """Return the table's cells, the head first: medians, and ranges in brackets."""
     head = ["bundle", *FIGURES.values()]
     return [head, *([name, *map(_cell, figures.values())] for name, figures in found.items())]
 
 
-def _cell(figures: Sequence[float]) -> str:
-    middle, least, most = (f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in figures)
+def _cell(figure: Spread) -> str:
+    middle, least, most = (
+        f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in dataclasses.astuple(figure)
+    )
     return f"{middle} ({least} to {most})"
 
 
@@ -86,7 +88,7 @@ def main() -> None:
             raise SystemExit(err.exit_code) from err
     found = {name: summary(x) for name, x in turns.items()}
     print(table(rows(found)))
-    print(json.dumps(found))
+    print(json.dumps(found, default=dataclasses.asdict))
 
 
 if __name__ == "__main__":

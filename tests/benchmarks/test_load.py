@@ -7,6 +7,7 @@ import pytest
 from benchmarks.load import FIGURES, measure, rows, summary
 from gemma_deploy.errors import SessionError
 from gemma_deploy.exporters.export import export_checkpoint
+from gemma_deploy.runtime.benchmark.results import Spread
 
 TINY_GEMMA = Path(__file__).parents[2] / "samples" / "tiny-gemma"
 
@@ -34,5 +35,5 @@ def test_a_turn_that_fails(tmp_path: Path) -> None:
 def test_medians_and_ranges() -> None:
     turns = [dict.fromkeys(FIGURES, x) for x in (3.0, 1.0, 20.0)]
     found = {"mine": summary(turns)}
-    assert found["mine"]["load_s"] == [3.0, 1.0, 20.0]
+    assert found["mine"]["load_s"] == Spread(median=3.0, lowest=1.0, highest=20.0)
     assert rows(found) == [["bundle", *FIGURES.values()], ["mine", *["3.00 (1.00 to 20)"] * 5]]
