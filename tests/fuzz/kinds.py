@@ -149,34 +149,20 @@ def _add_choices(bundle: Path) -> None:
 def _write_engine(folder: Path) -> None:
     from gemma_deploy.config import GemmaConfig
     from gemma_deploy.engine import EngineManifest, Plan
-    from gemma_deploy.engine_build import EngineBuild, EngineLimits
     from gemma_deploy.file_records import record_file
+    from tests.engine_build import BUILD
 
     folder.mkdir()
     (folder / "engine.plan").write_bytes(b"plan")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(_SAMPLE / name, folder / name)
-    limits = EngineLimits(
-        max_batch_size=2, max_seq_len=100, max_step_tokens=30, max_logits=3, num_candidates=7
-    )
-    build = EngineBuild(
-        flavour="tensorrt-rtx",
-        library_version="1.7.1",
-        targets=("8.0", "8.9"),
-        layout="one-engine",
-        attention="auto",
-        plugin_version="1",
-        limits=limits,
-        graphs={"prefill": "a", "decode": "b"},
-        weights="c",
-    )
     plans = {
         phase: Plan(path="engine.plan", profile=i) for i, phase in enumerate(("prefill", "decode"))
     }
     manifest = EngineManifest(
         model=GemmaConfig(num_hidden_layers=2),
         cache_dtype="bfloat16",
-        build=build,
+        build=BUILD,
         plans=plans,  # type: ignore[arg-type]  # its keys are phases
         tokenizer=("tokenizer.json", "tokenizer_config.json"),
         generation="generation_config.json",

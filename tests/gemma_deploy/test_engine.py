@@ -10,25 +10,12 @@ import pytest
 from gemma_deploy.checkpoint_source import CheckpointSource
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineFolder, EngineManifest, Plan
-from gemma_deploy.engine_build import EngineBuild, EngineLimits, build_command, engine_spec
+from gemma_deploy.engine_build import EngineBuild, build_command, engine_spec
 from gemma_deploy.errors import BundleVersionError, EngineError, UnsafePathError
 from gemma_deploy.file_records import FileRecord, record_file
 from gemma_deploy.limits import MAX_CONFIG_BYTES
+from tests.engine_build import BUILD, LIMITS
 
-LIMITS = EngineLimits(
-    max_batch_size=2, max_seq_len=100, max_step_tokens=30, max_logits=3, num_candidates=7
-)
-BUILD = EngineBuild(
-    flavour="tensorrt-rtx",
-    library_version="1.7.1",
-    targets=("8.0", "8.9"),
-    layout="one-engine",
-    attention="auto",
-    plugin_version="1",
-    limits=LIMITS,
-    graphs={"prefill": "a", "decode": "b"},
-    weights="c",
-)
 CONFIG = GemmaConfig(num_hidden_layers=2, vocab_size=50, num_key_value_heads=4, head_dim=8)
 
 

@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from gemma_deploy.cli.main import cli
 from gemma_deploy.config import GemmaConfig
 from gemma_deploy.engine import ENGINE_FILE, EngineManifest, Plan
-from gemma_deploy.engine_build import EngineBuild, EngineLimits
 from gemma_deploy.file_records import record_file
 from gemma_deploy.runtime.benchmark.results import (
     OURS,
@@ -24,6 +23,7 @@ from gemma_deploy.runtime.benchmark.results import (
     Roofline,
     RoundTimes,
 )
+from tests.engine_build import BUILD
 
 
 @pytest.fixture
@@ -108,27 +108,10 @@ def write_engine() -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "engine.plan").write_bytes(b"plan" * 512)
-        build = EngineBuild(
-            flavour="tensorrt-rtx",
-            library_version="1.7.1",
-            targets=("8.0", "8.9"),
-            layout="one-engine",
-            attention="auto",
-            plugin_version="1",
-            limits=EngineLimits(
-                max_batch_size=2,
-                max_seq_len=100,
-                max_step_tokens=30,
-                max_logits=3,
-                num_candidates=7,
-            ),
-            graphs={"prefill": "a", "decode": "b"},
-            weights="c",
-        )
         manifest = EngineManifest(
             model=GemmaConfig(num_hidden_layers=2, vocab_size=50),
             cache_dtype="bfloat16",
-            build=build,
+            build=BUILD,
             plans={
                 "prefill": Plan(path="engine.plan", profile=0),
                 "decode": Plan(path="engine.plan", profile=1),
